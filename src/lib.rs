@@ -1,0 +1,4 @@
+//! adit: a self-hosted reverse-tunnel relay.
+
+pub mod error;
+pub mod ids;
