@@ -112,6 +112,8 @@ codes! {
     RequestBroken = 9,
     /// The agent's process ended.
     AgentLeft = 10,
+    /// The exchange was here and is over.
+    Finished = 11,
 }
 
 /// Why a message is not a sequence of frames. The link it came on is closed.

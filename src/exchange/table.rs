@@ -1,0 +1,262 @@
+//! All exchanges of a process, by id: where frames find theirs, where time passes for all of them, and where those whose
+//! path was lost wait for another.
+
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use super::{
+    Clock, Exchange, Role, Wants,
+    path::{Owner, Path},
+};
+use crate::{
+    ids::RequestId,
+    wire::frame::{Code, Frame},
+};
+
+/// How often time passes for exchanges. Acknowledgements that nothing carries wait for it.
+pub const TICK: Duration = Duration::from_millis(100);
+/// Locks are shared by this many: frames of different exchanges seldom meet.
+const SHARDS: usize = 16;
+/// Ids of finished exchanges that are remembered, at least; twice that at most (4 MiB).
+const REMEMBERED: usize = 64 * 1024;
+
+/// The exchanges of one process.
+#[derive(Debug)]
+pub struct Exchanges {
+    clock: Clock,
+    resume_timeout: Duration,
+    /// Each guards a part of the map; held for a look-up.
+    shards: [Mutex<HashMap<RequestId, Arc<Exchange>>>; SHARDS],
+    /// Paths on which finished exchanges wait to be reported.
+    done_on: Mutex<Vec<Arc<Path>>>,
+    /// At the host: what is over, so that an OPEN that comes late never calls the upstream again.
+    over: Mutex<Over>,
+}
+
+/// Ids of what is over, in two generations.
+#[derive(Debug, Default)]
+struct Over {
+    young: HashMap<RequestId, Code>,
+    old: HashMap<RequestId, Code>,
+    turned_at: Duration,
+}
+
+impl Over {
+    fn get(&self, id: RequestId) -> Option<Code> {
+        self.young.get(&id).or_else(|| self.old.get(&id)).copied()
+    }
+
+    fn insert(&mut self, id: RequestId, code: Code) {
+        if self.young.len() >= REMEMBERED {
+            self.turn(self.turned_at);
+        }
+        self.young.insert(id, code);
+    }
+
+    fn turn(&mut self, now: Duration) {
+        self.old = std::mem::take(&mut self.young);
+        self.turned_at = now;
+    }
+}
+
+impl Exchanges {
+    /// An empty table. Exchanges without a path wait for `resume_timeout`.
+    pub fn new(clock: Clock, resume_timeout: Duration) -> Self {
+        Self {
+            clock,
+            resume_timeout,
+            shards: Default::default(),
+            done_on: Mutex::default(),
+            over: Mutex::default(),
+        }
+    }
+
+    /// The clock of this process.
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    fn shard(&self, id: RequestId) -> MutexGuard<'_, HashMap<RequestId, Arc<Exchange>>> {
+        // The last byte of a UUIDv7 is random.
+        let at = usize::from(id.to_bytes()[15]) % SHARDS;
+        self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The exchange of this id, if it is known.
+    pub fn get(&self, id: RequestId) -> Option<Arc<Exchange>> {
+        self.shard(id).get(&id).cloned()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A new exchange at the ingress, on `path`. The guard closes it: DONE when it is whole, else RESET.
+    pub fn open(self: &Arc<Self>, path: &Arc<Path>) -> Open {
+        let id = RequestId::new();
+        let exchange = Arc::new(Exchange::new(id, path.owner.clone(), Role::Ingress, self.clock));
+        exchange.state().path = Some(path.hold());
+        self.shard(id).insert(id, exchange.clone());
+        Open { exchange, table: self.clone() }
+    }
+
+    /// An OPEN at the host: `Ok` with a new exchange, once for each id. A repeat goes to the exchange that there is; one
+    /// that is over is answered with how it ended.
+    pub fn accept(&self, id: RequestId, path: &Arc<Path>, limit: usize) -> Accepted {
+        if let Some(code) = self.over.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
+            return Accepted::Over(code);
+        }
+        if path.in_flight() >= limit {
+            return Accepted::Over(Code::Refused);
+        }
+        match self.shard(id).entry(id) {
+            Entry::Occupied(known) => Accepted::Known(known.get().clone()),
+            Entry::Vacant(place) => {
+                let exchange = Arc::new(Exchange::new(id, path.owner.clone(), Role::Host, self.clock));
+                exchange.state().path = Some(path.hold());
+                Accepted::New(place.insert(exchange).clone())
+            }
+        }
+    }
+
+    /// Forgets an exchange; at the host it stays known as over.
+    pub fn remove(&self, exchange: &Exchange) {
+        let known = self.shard(exchange.id).remove(&exchange.id);
+        if exchange.role == Role::Host && known.is_some() {
+            let code = exchange.ended().unwrap_or(Code::Finished);
+            self.over.lock().unwrap_or_else(PoisonError::into_inner).insert(exchange.id, code);
+        }
+    }
+
+    /// A frame of an exchange, come on `path`. One that nobody knows is answered with RESET, so that the other end, which
+    /// still believes in it, learns. `Err` when the exchange is somebody else's: the peer lies.
+    pub fn on_frame(&self, id: RequestId, frame: Frame, path: &Arc<Path>) -> Result<(), NotYours> {
+        let Some(exchange) = self.get(id) else {
+            if !matches!(frame, Frame::Reset(..) | Frame::Done(_)) {
+                let over = self.over.lock().unwrap_or_else(PoisonError::into_inner).get(id);
+                path.send(Frame::Reset(id, over.unwrap_or(Code::Gone)));
+            }
+            return Ok(());
+        };
+        if exchange.owner != path.owner {
+            return Err(NotYours);
+        }
+        exchange.on_frame(frame, path);
+        if exchange.role == Role::Host && exchange.ended().is_some() {
+            self.remove(&exchange);
+        }
+        Ok(())
+    }
+
+    fn all(&self) -> Vec<Arc<Exchange>> {
+        let shards = self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner));
+        shards.flat_map(|shard| shard.values().cloned().collect::<Vec<_>>()).collect()
+    }
+
+    /// Time passed. `other` finds a path of an owner that is not the given one. Returns how many exchanges moved.
+    pub fn tick(&self, other: impl Fn(&Owner, Option<&Arc<Path>>) -> Option<Arc<Path>>) -> usize {
+        let now = self.clock.now();
+        let flush = std::mem::take(&mut *self.done_on.lock().unwrap_or_else(PoisonError::into_inner));
+        flush.iter().for_each(|path| path.flush_done());
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.saturating_sub(over.turned_at) >= self.resume_timeout {
+            over.turn(now);
+        }
+        drop(over);
+        self.all().into_iter().filter(|exchange| self.tick_one(exchange, now, &other)).count()
+    }
+
+    fn tick_one(
+        &self,
+        exchange: &Arc<Exchange>,
+        now: Duration,
+        other: &impl Fn(&Owner, Option<&Arc<Path>>) -> Option<Arc<Path>>,
+    ) -> bool {
+        let wants = exchange.on_tick(now, self.resume_timeout);
+        if exchange.role == Role::Host && exchange.ended().is_some() {
+            self.remove(exchange);
+        }
+        if wants == Wants::Nothing {
+            return false;
+        }
+        let current = exchange.state().path.as_ref().map(|held| held.0.clone());
+        other(&exchange.owner, current.as_ref()).is_some_and(|path| exchange.resume_on(&path))
+    }
+
+    /// A path is gone: its exchanges go on over another of the same owner, or wait. Returns how many moved.
+    pub fn path_lost(&self, path: &Arc<Path>, other: Option<&Arc<Path>>) -> usize {
+        if path.in_flight() == 0 {
+            return 0;
+        }
+        let moves = |exchange: &Arc<Exchange>| match other {
+            Some(other) => exchange.resume_on(other),
+            None => {
+                exchange.cut_off(path);
+                false
+            }
+        };
+        self.all().iter().filter(|exchange| exchange.is_on(path)).filter(|exchange| moves(exchange)).count()
+    }
+
+    /// A path is there: exchanges of its owner that have none go on over it. Returns how many.
+    pub fn path_found(&self, path: &Arc<Path>) -> usize {
+        let waits = |exchange: &&Arc<Exchange>| exchange.owner == path.owner && exchange.cut_for().is_some();
+        self.all().iter().filter(waits).filter(|exchange| exchange.resume_on(path)).count()
+    }
+
+    /// Ends all exchanges of one owner: its process is gone.
+    pub fn owner_left(&self, owner: &Owner, code: Code) {
+        self.all().iter().filter(|exchange| exchange.owner == *owner).for_each(|exchange| exchange.reset(code));
+    }
+
+    /// Ends all exchanges that `doomed` names.
+    pub fn reset_owners(&self, doomed: &HashSet<Owner>, code: Code) {
+        self.all().iter().filter(|exchange| doomed.contains(&exchange.owner)).for_each(|exchange| exchange.reset(code));
+    }
+}
+
+/// What became of an OPEN at the host.
+#[derive(Debug)]
+pub enum Accepted {
+    /// Call the upstream.
+    New(Arc<Exchange>),
+    /// A repeat.
+    Known(Arc<Exchange>),
+    /// It will not be called; answer with RESET and this code.
+    Over(Code),
+}
+
+/// A peer spoke in an exchange that is not its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a frame for somebody else's exchange")]
+pub struct NotYours;
+
+/// An exchange that this process opened; dropping it ends it.
+#[derive(Debug)]
+pub struct Open {
+    /// The exchange.
+    pub exchange: Arc<Exchange>,
+    table: Arc<Exchanges>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.table.remove(&self.exchange);
+        if !self.exchange.is_whole() {
+            return self.exchange.reset(Code::Cancelled);
+        }
+        let path = self.exchange.state().path.take();
+        if let Some(held) = path.filter(|held| held.0.done(self.exchange.id)) {
+            self.table.done_on.lock().unwrap_or_else(PoisonError::into_inner).push(held.0.clone());
+        }
+    }
+}
