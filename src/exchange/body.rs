@@ -42,7 +42,11 @@ pub struct Records {
 impl Records {
     /// Reads from the stream's beginning, once.
     pub fn new(exchange: Arc<Exchange>) -> Self {
-        Self { exchange, reader: RecordReader::default(), ended: false }
+        Self {
+            exchange,
+            reader: RecordReader::default(),
+            ended: false,
+        }
     }
 
     /// The next record; `None` at the stream's end.
@@ -87,7 +91,13 @@ pub struct ExchangeBody<K> {
 impl<K> ExchangeBody<K> {
     /// `declared` is the Content-Length, against which the bytes are held; `keep_trailers` drops forbidden trailers.
     pub fn new(records: Records, declared: Option<u64>, keep_trailers: fn(&mut HeaderMap), keep: K) -> Self {
-        Self { records, declared, keep_trailers, done: false, _keep: keep }
+        Self {
+            records,
+            declared,
+            keep_trailers,
+            done: false,
+            _keep: keep,
+        }
     }
 
     fn count(&mut self, length: usize) -> Result<(), Broken> {
@@ -98,7 +108,9 @@ impl<K> ExchangeBody<K> {
 
     fn end(&mut self) -> Option<Result<BodyFrame<Bytes>, Broken>> {
         self.done = true;
-        self.declared.is_some_and(|left| left > 0).then_some(Err(Broken(Code::UpstreamFailed)))
+        self.declared
+            .is_some_and(|left| left > 0)
+            .then_some(Err(Broken(Code::UpstreamFailed)))
     }
 }
 
@@ -164,7 +176,13 @@ pub struct Pump<B> {
 impl<B: Body<Data = Bytes> + Unpin> Pump<B> {
     /// `idle` bounds each wait for the body's next bytes.
     pub fn new(body: B, exchange: Arc<Exchange>, idle: Option<Duration>, keep_trailers: fn(&mut HeaderMap)) -> Self {
-        Self { body, exchange, idle, idle_timer: None, keep_trailers }
+        Self {
+            body,
+            exchange,
+            idle,
+            idle_timer: None,
+            keep_trailers,
+        }
     }
 
     /// The exchange it writes to.
@@ -205,7 +223,9 @@ impl<B: Body<Data = Bytes> + Unpin> Pump<B> {
 
     fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), PumpError>> {
         let Some(idle) = self.idle else { return Poll::Pending };
-        let timer = self.idle_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(idle)));
+        let timer = self
+            .idle_timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(idle)));
         ready!(timer.as_mut().poll(cx));
         Poll::Ready(Err(PumpError::Idle))
     }
@@ -223,7 +243,11 @@ impl<B: Body<Data = Bytes> + Unpin> Future for Pump<B> {
 
 /// After an upgrade: copies both ways between a connection and the exchange until both directions have ended, or one
 /// broke. Half-closes pass through.
-pub async fn tunnel<S: AsyncRead + AsyncWrite>(connection: S, records: Records, exchange: Arc<Exchange>) -> Result<(), Code> {
+pub async fn tunnel<S: AsyncRead + AsyncWrite>(
+    connection: S,
+    records: Records,
+    exchange: Arc<Exchange>,
+) -> Result<(), Code> {
     let (mut read_half, mut write_half) = tokio::io::split(connection);
     let outward = async {
         loop {

@@ -67,7 +67,10 @@ where
     B: Body<Data = Bytes> + Unpin,
     U: AsyncRead + AsyncWrite,
 {
-    let mut summary = Summary { status: None, broken: None };
+    let mut summary = Summary {
+        status: None,
+        broken: None,
+    };
     let work = work(exchange.clone(), keep_trailers, call, &mut summary.status);
     let broken = tokio::select! {
         biased;
@@ -98,7 +101,15 @@ where
     } else if head.flags.empty {
         (None, None)
     } else {
-        (None, Some(ExchangeBody::new(records, None, keep_trailers, Reading(exchange.clone()))))
+        (
+            None,
+            Some(ExchangeBody::new(
+                records,
+                None,
+                keep_trailers,
+                Reading(exchange.clone()),
+            )),
+        )
     };
     let served = call(head, body, Interim(exchange.clone())).await?;
     match (served, records) {

@@ -101,7 +101,12 @@ impl Ingress {
             }
         }
         let head = self.final_head(&open, &mut records, &mut upload, &mut interim).await?;
-        Ok(Answer { head, records, open, upload })
+        Ok(Answer {
+            head,
+            records,
+            open,
+            upload,
+        })
     }
 
     /// With `Expect: 100-continue` the body is read only when the upstream wants it, or says nothing for a while.
@@ -124,12 +129,24 @@ impl Ingress {
             match head.status {
                 StatusCode::CONTINUE => break,
                 status if is_interim(status) => interim(head),
-                _ => return Ok(Answer { head, records, open, upload: None }),
+                _ => {
+                    return Ok(Answer {
+                        head,
+                        records,
+                        open,
+                        upload: None,
+                    });
+                }
             }
         }
         let mut upload = Upload::start(pump).await?;
         let head = self.final_head(&open, &mut records, &mut upload, &mut interim).await?;
-        Ok(Answer { head, records, open, upload })
+        Ok(Answer {
+            head,
+            records,
+            open,
+            upload,
+        })
     }
 
     async fn final_head(

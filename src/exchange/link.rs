@@ -69,7 +69,14 @@ where
     T: Taker + ?Sized,
 {
     let mut timer = pin!(tokio::time::sleep(keep_alive.interval));
-    let mut link = Link { socket, path, taker, keep_alive, closing: false, unflushed: false };
+    let mut link = Link {
+        socket,
+        path,
+        taker,
+        keep_alive,
+        closing: false,
+        unflushed: false,
+    };
     link.ping();
     std::future::poll_fn(|cx| link.poll(cx, timer.as_mut())).await
 }
@@ -165,7 +172,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin, T: Taker + ?Sized> Link<'_, S, T> {
             if self.closing || silent >= self.keep_alive.interval + self.keep_alive.timeout {
                 return Poll::Ready(LinkEnd::Silent);
             }
-            let next = if silent >= self.keep_alive.interval { self.keep_alive.timeout } else { self.keep_alive.interval };
+            let next = if silent >= self.keep_alive.interval {
+                self.keep_alive.timeout
+            } else {
+                self.keep_alive.interval
+            };
             timer.as_mut().reset(tokio::time::Instant::now() + next);
             self.ping();
         }

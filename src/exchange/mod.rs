@@ -135,8 +135,18 @@ pub(crate) enum Wants {
 impl Exchange {
     fn new(id: RequestId, owner: Owner, role: Role, clock: Clock) -> Self {
         let now = clock.now();
-        let state = State { active_at: now, heard_at: now, ..State::default() };
-        Self { id, owner, role, clock, state: Mutex::new(state) }
+        let state = State {
+            active_at: now,
+            heard_at: now,
+            ..State::default()
+        };
+        Self {
+            id,
+            owner,
+            role,
+            clock,
+            state: Mutex::new(state),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -455,7 +465,11 @@ impl Exchange {
             state.tx.path_changed(now);
             self.queue_turn(&mut state);
         }
-        if state.is_unanswered(now) { Wants::Path } else { Wants::Nothing }
+        if state.is_unanswered(now) {
+            Wants::Path
+        } else {
+            Wants::Nothing
+        }
     }
 }
 
@@ -469,7 +483,9 @@ impl State {
             return Some(Code::PathLost);
         }
         let quiet = now.saturating_sub(self.active_at);
-        self.answer_within.is_some_and(|limit| quiet >= limit).then_some(Code::Timeout)
+        self.answer_within
+            .is_some_and(|limit| quiet >= limit)
+            .then_some(Code::Timeout)
     }
 
     fn moved_bytes(&mut self, now: Duration) {
@@ -489,7 +505,10 @@ impl State {
     /// Whether questions go unanswered and the whole path is silent: then another is worth a try.
     fn is_unanswered(&self, now: Duration) -> bool {
         let patience = REROUTE_AFTER * (1 << self.reroutes.min(4));
-        let silent = self.path.as_ref().is_some_and(|held| held.0.silent_for(now) >= REROUTE_AFTER);
+        let silent = self
+            .path
+            .as_ref()
+            .is_some_and(|held| held.0.silent_for(now) >= REROUTE_AFTER);
         silent && self.tx.quiet_for(now) >= patience
     }
 }

@@ -223,7 +223,9 @@ impl Path {
 
     fn next(&self) -> Option<Next> {
         let mut queue = self.queue();
-        let Queue { frames, urgent, turns, .. } = &mut *queue;
+        let Queue {
+            frames, urgent, turns, ..
+        } = &mut *queue;
         (frames.pop_front().map(Next::Frame))
             .or_else(|| urgent.pop_front().map(Next::Control))
             .or_else(|| turns.pop_front().map(Next::Turn))

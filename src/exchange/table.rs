@@ -92,7 +92,10 @@ impl Exchanges {
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+        self.shards
+            .iter()
+            .map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len())
+            .sum()
     }
 
     /// Whether there are none.
@@ -106,7 +109,10 @@ impl Exchanges {
         let exchange = Arc::new(Exchange::new(id, path.owner.clone(), Role::Ingress, self.clock));
         exchange.state().path = Some(path.hold());
         self.shard(id).insert(id, exchange.clone());
-        Open { exchange, table: self.clone() }
+        Open {
+            exchange,
+            table: self.clone(),
+        }
     }
 
     /// An OPEN at the host: `Ok` with a new exchange, once for each id. A repeat goes to the exchange that there is; one
@@ -133,7 +139,10 @@ impl Exchanges {
         let known = self.shard(exchange.id).remove(&exchange.id);
         if exchange.role == Role::Host && known.is_some() {
             let code = exchange.ended().unwrap_or(Code::Finished);
-            self.over.lock().unwrap_or_else(PoisonError::into_inner).insert(exchange.id, code);
+            self.over
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(exchange.id, code);
         }
     }
 
@@ -158,8 +167,13 @@ impl Exchanges {
     }
 
     fn all(&self) -> Vec<Arc<Exchange>> {
-        let shards = self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner));
-        shards.flat_map(|shard| shard.values().cloned().collect::<Vec<_>>()).collect()
+        let shards = self
+            .shards
+            .iter()
+            .map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner));
+        shards
+            .flat_map(|shard| shard.values().cloned().collect::<Vec<_>>())
+            .collect()
     }
 
     /// Time passed. `other` finds a path of an owner that is not the given one. Returns how many exchanges moved.
@@ -172,7 +186,10 @@ impl Exchanges {
             over.turn(now);
         }
         drop(over);
-        self.all().into_iter().filter(|exchange| self.tick_one(exchange, now, &other)).count()
+        self.all()
+            .into_iter()
+            .filter(|exchange| self.tick_one(exchange, now, &other))
+            .count()
     }
 
     fn tick_one(
@@ -204,23 +221,37 @@ impl Exchanges {
                 false
             }
         };
-        self.all().iter().filter(|exchange| exchange.is_on(path)).filter(|exchange| moves(exchange)).count()
+        self.all()
+            .iter()
+            .filter(|exchange| exchange.is_on(path))
+            .filter(|exchange| moves(exchange))
+            .count()
     }
 
     /// A path is there: exchanges of its owner that have none go on over it. Returns how many.
     pub fn path_found(&self, path: &Arc<Path>) -> usize {
         let waits = |exchange: &&Arc<Exchange>| exchange.owner == path.owner && exchange.cut_for().is_some();
-        self.all().iter().filter(waits).filter(|exchange| exchange.resume_on(path)).count()
+        self.all()
+            .iter()
+            .filter(waits)
+            .filter(|exchange| exchange.resume_on(path))
+            .count()
     }
 
     /// Ends all exchanges of one owner: its process is gone.
     pub fn owner_left(&self, owner: &Owner, code: Code) {
-        self.all().iter().filter(|exchange| exchange.owner == *owner).for_each(|exchange| exchange.reset(code));
+        self.all()
+            .iter()
+            .filter(|exchange| exchange.owner == *owner)
+            .for_each(|exchange| exchange.reset(code));
     }
 
     /// Ends all exchanges that `doomed` names.
     pub fn reset_owners(&self, doomed: &HashSet<Owner>, code: Code) {
-        self.all().iter().filter(|exchange| doomed.contains(&exchange.owner)).for_each(|exchange| exchange.reset(code));
+        self.all()
+            .iter()
+            .filter(|exchange| doomed.contains(&exchange.owner))
+            .for_each(|exchange| exchange.reset(code));
     }
 }
 
@@ -256,7 +287,11 @@ impl Drop for Open {
         }
         let path = self.exchange.state().path.take();
         if let Some(held) = path.filter(|held| held.0.done(self.exchange.id)) {
-            self.table.done_on.lock().unwrap_or_else(PoisonError::into_inner).push(held.0.clone());
+            self.table
+                .done_on
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(held.0.clone());
         }
     }
 }

@@ -11,7 +11,11 @@ use futures_util::{Sink, Stream};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{Error, Message, protocol::Role, protocol::WebSocketConfig},
+    tungstenite::{
+        Error, Message,
+        handshake::derive_accept_key,
+        protocol::{Role, WebSocketConfig},
+    },
 };
 
 use super::frame::MAX_MESSAGE;
@@ -22,6 +26,11 @@ const RELAY_READ_BUFFER: usize = 8 * 1024;
 const AGENT_READ_BUFFER: usize = 64 * 1024;
 /// Messages are gathered up to this before a write to the socket, bytes.
 const WRITE_BUFFER: usize = 64 * 1024;
+
+/// What a server answers a WebSocket key with (RFC 6455 §4.2.2).
+pub fn accept_key(key: &[u8]) -> String {
+    derive_accept_key(key)
+}
 
 /// Which end of the WebSocket this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,228 @@
+//! The frames of all of an agent's tunnels: to the exchanges they belong to, and each new exchange to the upstream.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use http::HeaderMap;
+use tokio::sync::{Notify, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{Event, Listener, upstream::Caller};
+use crate::{
+    exchange::{
+        Clock, Exchange,
+        host::serve,
+        link::{LinkEnd, Taker},
+        path::{Owner, Path},
+        table::{Accepted, Exchanges, TICK},
+    },
+    ids::{ClientId, InstanceId},
+    wire::{fields, frame::Frame},
+};
+
+/// How long the agent's end keeps an exchange without a path. The relay gives up first, at its `resume_timeout`.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(45);
+/// Exchanges on one tunnel; more are refused, and the relay tries elsewhere.
+const MAX_EXCHANGES: usize = 16 * 1024;
+/// How long a goodbye may take to leave.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// What the relay said about a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    /// Nothing.
+    Stay,
+    /// Open another, then leave.
+    Drain,
+    /// Another took over.
+    Superseded,
+}
+
+/// Waits for what the relay says.
+pub(super) struct ToldWatch(watch::Receiver<Told>);
+
+impl ToldWatch {
+    pub async fn changed_to_leave(&mut self) -> Told {
+        let told = self.0.wait_for(|told| *told != Told::Stay).await.map(|told| *told);
+        match told {
+            Ok(told) => told,
+            Err(_) => std::future::pending().await, // the link ended; its task tells
+        }
+    }
+}
+
+/// What an agent's tunnels share.
+pub(super) struct Host {
+    owner: Owner,
+    exchanges: Exchanges,
+    caller: Caller,
+    listener: Listener,
+    /// The tunnels that are up; held to copy or change the list.
+    links: Mutex<Vec<Arc<Path>>>,
+    link_gone: Notify,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Host {
+    pub fn new(client_id: &ClientId, caller: Caller, listener: Listener) -> Self {
+        Self {
+            owner: Owner {
+                client_id: client_id.clone(),
+                instance_id: InstanceId::new(),
+            },
+            exchanges: Exchanges::new(Clock::default(), RESUME_TIMEOUT),
+            caller,
+            listener,
+            links: Mutex::default(),
+            link_gone: Notify::new(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        }
+    }
+
+    pub fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    pub fn tell(&self, event: Event) {
+        (self.listener)(event);
+    }
+
+    fn links(&self) -> MutexGuard<'_, Vec<Arc<Path>>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A tunnel is up: exchanges that wait for one go on over it.
+    pub fn link_up(self: &Arc<Self>) -> (Arc<Path>, LinkTaker, ToldWatch) {
+        let path = Path::new(self.owner.clone(), self.exchanges.clock());
+        self.links().push(path.clone());
+        let resumed = self.exchanges.path_found(&path);
+        if resumed > 0 {
+            tracing::info!(exchanges = resumed, "exchanges go on over the new tunnel");
+        }
+        let (told, watch) = watch::channel(Told::Stay);
+        (
+            path,
+            LinkTaker {
+                host: self.clone(),
+                told,
+            },
+            ToldWatch(watch),
+        )
+    }
+
+    /// A tunnel is gone: its exchanges go on over another, or wait.
+    pub fn link_lost(&self, path: &Arc<Path>) {
+        path.close();
+        self.links().retain(|link| !Arc::ptr_eq(link, path));
+        self.link_gone.notify_waiters();
+        let other = self.other(Some(path));
+        self.exchanges.path_lost(path, other.as_ref());
+    }
+
+    fn other(&self, not: Option<&Arc<Path>>) -> Option<Arc<Path>> {
+        let links = self.links();
+        let others = links
+            .iter()
+            .filter(|link| not.is_none_or(|not| !Arc::ptr_eq(link, not)));
+        others.min_by_key(|link| link.in_flight()).cloned()
+    }
+
+    /// Lets time pass for the exchanges, for ever.
+    pub async fn pass_time(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.exchanges.tick(|_, not| self.other(not));
+        }
+    }
+
+    /// Says goodbye on every tunnel, so that the relay ends what is in flight at once, and stops serving.
+    pub async fn leave(&self) {
+        for link in self.links().iter() {
+            link.send(Frame::Goodbye);
+            link.close();
+        }
+        let gone = async {
+            loop {
+                let next = self.link_gone.notified();
+                if self.links().is_empty() {
+                    break;
+                }
+                next.await;
+            }
+        };
+        tokio::time::timeout(GOODBYE, gone).await.ok();
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn serve(self: &Arc<Self>, exchange: Arc<Exchange>) {
+        let host = self.clone();
+        self.tasks.spawn(async move {
+            let stop = host.stop.clone();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = host.serve_one(exchange) => {}
+            }
+        });
+    }
+
+    async fn serve_one(&self, exchange: Arc<Exchange>) {
+        let record = super::upstream::Record::default();
+        let summary = serve(
+            exchange,
+            fields::keep_trailers as fn(&mut HeaderMap),
+            |head, body, interim| {
+                record.begin(&head);
+                self.caller.call(head, body, interim, &record)
+            },
+        )
+        .await;
+        if let Some(event) = record.event(summary) {
+            self.tell(event);
+        }
+    }
+}
+
+/// Takes the frames of one tunnel.
+pub(super) struct LinkTaker {
+    host: Arc<Host>,
+    told: watch::Sender<Told>,
+}
+
+impl LinkTaker {
+    fn open(&self, frame: Frame, path: &Arc<Path>) {
+        let Frame::Open(id, _) = &frame else { return };
+        match self.host.exchanges.accept(*id, path, MAX_EXCHANGES) {
+            Accepted::New(exchange) => {
+                exchange.on_frame(frame, path);
+                self.host.serve(exchange);
+            }
+            Accepted::Known(exchange) => exchange.on_frame(frame, path),
+            Accepted::Over(code) => path.send(Frame::Reset(*id, code)),
+        }
+    }
+}
+
+impl Taker for LinkTaker {
+    fn on_frame(&self, frame: Frame, path: &Arc<Path>) -> Result<(), LinkEnd> {
+        match &frame {
+            Frame::Open(..) => self.open(frame, path),
+            Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) | Frame::Done(id) => {
+                let id = *id;
+                let taken = self.host.exchanges.on_frame(id, frame, path);
+                taken.map_err(|_| LinkEnd::Violation("the relay spoke in an exchange of another tunnel"))?;
+            }
+            Frame::Drain(_) => drop(self.told.send(Told::Drain)),
+            Frame::Superseded => drop(self.told.send(Told::Superseded)),
+            _ => {}
+        }
+        Ok(())
+    }
+}

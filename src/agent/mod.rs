@@ -1,0 +1,165 @@
+//! The agent: dials out from next to the upstream, holds tunnels to relay nodes, and calls the upstream for what comes
+//! through them. `adit http` is this and a printer of [`Event`]s; a Rust program can embed it the same way:
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), adit::agent::AgentError> {
+//! use adit::agent::{Agent, Config, Upstream};
+//!
+//! let upstream: Upstream = "http://127.0.0.1:3000".parse()?;
+//! let config = Config::new("https://relay.example.org", "home".parse()?, "adit_…", upstream)?;
+//! let agent = Agent::new(config)?;
+//! agent.run(async { tokio::signal::ctrl_c().await.unwrap_or(()) }, |event| println!("{event:?}")).await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - [`dial`]: one tunnel's connection and handshake
+//! - [`slot`]: keeps one tunnel open for ever
+//! - [`host`]: the frames of all tunnels, to the exchanges they belong to
+//! - [`upstream`]: one request to the local server, and its answer back
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+mod dial;
+mod host;
+mod slot;
+mod upstream;
+
+pub use dial::{DialError, RelayUrl};
+pub use upstream::{HostHeader, Upstream};
+
+use crate::ids::{ClientId, InvalidClientId, NodeId};
+
+/// Tunnels an agent may hold: a few, on as many nodes, are enough (Teleport RFD 69 tells of the others).
+pub const MAX_CONNECTIONS: u32 = 8;
+
+/// What an agent needs to know.
+#[derive(Clone)]
+pub struct Config {
+    /// Where the relay's public listener is.
+    pub relay: RelayUrl,
+    /// The client it serves.
+    pub client_id: ClientId,
+    /// An access token of that client.
+    pub token: String,
+    /// What it serves it with.
+    pub upstream: Upstream,
+    /// The Host header that the upstream sees.
+    pub host_header: HostHeader,
+    /// Whether an `https` upstream's certificate is not checked.
+    pub insecure: bool,
+    /// Tunnels to hold, 1 to [`MAX_CONNECTIONS`].
+    pub connections: u32,
+}
+
+impl Config {
+    /// A configuration with defaults for what is optional.
+    pub fn new(relay: &str, client_id: ClientId, token: &str, upstream: Upstream) -> Result<Self, AgentError> {
+        Ok(Self {
+            relay: relay.parse()?,
+            client_id,
+            token: token.to_owned(),
+            upstream,
+            host_header: HostHeader::Keep,
+            insecure: false,
+            connections: 2,
+        })
+    }
+}
+
+/// Why an agent cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A value of the configuration; the text says which and what to do.
+    #[error("{0}")]
+    Invalid(String),
+    /// The name is not a client id.
+    #[error(transparent)]
+    ClientId(#[from] InvalidClientId),
+    /// The system's certificates cannot be read.
+    #[error("the system's root certificates cannot be read: {0}")]
+    Certificates(std::io::Error),
+}
+
+/// What an agent tells whoever runs it.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A tunnel is up.
+    Connected {
+        /// Which of the tunnels, from 0.
+        slot: u32,
+        /// The node that holds it.
+        node_id: NodeId,
+        /// Where the client is reached.
+        public_url: String,
+    },
+    /// A tunnel could not be opened, or was lost.
+    Disconnected {
+        /// Which of the tunnels.
+        slot: u32,
+        /// Why, as a sentence that says what to do.
+        why: String,
+        /// The next attempt comes after this.
+        retry_in: Duration,
+    },
+    /// A request was served, or broke off.
+    Request {
+        /// Its method.
+        method: http::Method,
+        /// Its path and query; bytes that are not UTF-8 are replaced.
+        target: String,
+        /// The upstream's status, if it answered.
+        status: Option<u16>,
+        /// Bytes of the response's body.
+        bytes: u64,
+        /// From its arrival to its end.
+        duration: Duration,
+        /// Why it broke off, if it did.
+        broken: Option<crate::wire::frame::Code>,
+    },
+}
+
+/// Takes the events of an agent; called from its tasks, so it must not block for long.
+pub(crate) type Listener = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// An agent that is not running yet.
+pub struct Agent {
+    config: Config,
+    tls: Arc<rustls::ClientConfig>,
+    caller: upstream::Caller,
+}
+
+impl Agent {
+    /// Checks the configuration; connects to nothing.
+    pub fn new(config: Config) -> Result<Self, AgentError> {
+        if !(1..=MAX_CONNECTIONS).contains(&config.connections) {
+            return Err(AgentError::Invalid(format!(
+                "connections must be 1 to {MAX_CONNECTIONS}"
+            )));
+        }
+        if config.token.is_empty() || !config.token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(AgentError::Invalid(
+                "the token is empty or has characters that no token has".into(),
+            ));
+        }
+        let tls = dial::tls_config()?;
+        let caller = upstream::Caller::new(&config)?;
+        Ok(Self { config, tls, caller })
+    }
+
+    /// Holds the tunnels and serves requests until `stop` resolves; then says goodbye, which ends what is in flight.
+    pub async fn run(self, stop: impl Future<Output = ()>, on_event: impl Fn(Event) + Send + Sync + 'static) {
+        let host = Arc::new(host::Host::new(&self.config.client_id, self.caller, Arc::new(on_event)));
+        let dialer = Arc::new(dial::Dialer::new(&self.config, self.tls, host.owner().instance_id));
+        let mut slots = tokio::task::JoinSet::new();
+        for slot in 0..self.config.connections {
+            slots.spawn(slot::hold(slot, host.clone(), dialer.clone()));
+        }
+        tokio::select! {
+            () = stop => {}
+            () = host.clone().pass_time() => {}
+        }
+        host.leave().await;
+        slots.shutdown().await;
+    }
+}
