@@ -3,8 +3,9 @@
 //! The body is `application/problem+json` (RFC 9457) and the header `Adit-Error` carries the code, so that an error of
 //! the relay is never mistaken for one of the upstream (whose `Adit-*` headers are stripped).
 
-use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, StatusCode, header};
+use axum::{body::Body, response::IntoResponse};
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
 use serde::Serialize;
 
 use crate::ids::RequestId;
@@ -24,6 +25,9 @@ pub enum Cause {
     /// No credential, or one that is wrong, expired, revoked, or another client's: all the same to the caller.
     #[error("this needs a valid credential: send `Authorization: Bearer <token>` with an access token of this client")]
     Unauthorized,
+    /// The admin API, without the admin token.
+    #[error("this needs the relay's admin token: send `Authorization: Bearer <admin token>`")]
+    UnauthorizedAdmin,
     /// The client asks for HTTP basic authentication.
     #[error("this client asks for a user name and a password (HTTP Basic)")]
     UnauthorizedBasic,
@@ -46,6 +50,12 @@ pub enum Cause {
     /// CONNECT, TRACE, or a method that this route of the relay does not have.
     #[error("this method is not relayed")]
     MethodNotAllowed,
+    /// A method that this resource of the admin API does not have.
+    #[error("this resource does not have this method: see `Allow`")]
+    ApiMethod,
+    /// A body longer than this resource of the relay takes.
+    #[error("the request body is longer than this resource takes: send a shorter one")]
+    BodyTooLarge,
     /// The downstream did not send its body in time.
     #[error("the request body did not arrive in time: send it without pauses of more than a minute")]
     RequestTimeout,
@@ -116,12 +126,15 @@ impl Cause {
         match self {
             Cause::BadRequest(_) => (S::BAD_REQUEST, "bad-request"),
             Cause::Invalid(_) => (S::UNPROCESSABLE_ENTITY, "invalid"),
-            Cause::Unauthorized | Cause::UnauthorizedBasic => (S::UNAUTHORIZED, "unauthorized"),
+            Cause::Unauthorized | Cause::UnauthorizedAdmin | Cause::UnauthorizedBasic => {
+                (S::UNAUTHORIZED, "unauthorized")
+            }
+            Cause::BodyTooLarge => (S::PAYLOAD_TOO_LARGE, "body-too-large"),
             Cause::UnknownClient => (S::NOT_FOUND, "unknown-client"),
             Cause::NoClient => (S::NOT_FOUND, "no-client"),
             Cause::NotFound(_) => (S::NOT_FOUND, "not-found"),
             Cause::Conflict(_) => (S::CONFLICT, "conflict"),
-            Cause::MethodNotAllowed => (S::METHOD_NOT_ALLOWED, "method-not-allowed"),
+            Cause::MethodNotAllowed | Cause::ApiMethod => (S::METHOD_NOT_ALLOWED, "method-not-allowed"),
             Cause::RequestTimeout => (S::REQUEST_TIMEOUT, "request-timeout"),
             Cause::UriTooLong => (S::URI_TOO_LONG, "uri-too-long"),
             Cause::HeadersTooLarge => (S::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers-too-large"),
@@ -164,7 +177,7 @@ impl Cause {
     }
 
     /// The answer, with the id under which the log has it.
-    pub fn respond(&self, request_id: RequestId) -> Response {
+    pub fn respond<B: From<Bytes>>(&self, request_id: RequestId) -> Response<B> {
         let (status, code) = self.facts();
         let problem = Problem {
             kind: format!("urn:adit:error:{code}"),
@@ -174,7 +187,8 @@ impl Cause {
             request_id,
         };
         let body = serde_json::to_vec(&problem).unwrap_or_default();
-        let mut response = (status, body).into_response();
+        let mut response = Response::new(B::from(Bytes::from(body)));
+        *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(
             header::CONTENT_TYPE,
@@ -189,7 +203,7 @@ impl Cause {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         match self {
-            Cause::Unauthorized => {
+            Cause::Unauthorized | Cause::UnauthorizedAdmin => {
                 headers.insert(
                     header::WWW_AUTHENTICATE,
                     HeaderValue::from_static("Bearer realm=\"adit\""),
@@ -214,7 +228,7 @@ impl Cause {
 }
 
 impl IntoResponse for Cause {
-    fn into_response(self) -> Response {
+    fn into_response(self) -> Response<Body> {
         self.respond(RequestId::new())
     }
 }

@@ -1,7 +1,12 @@
 //! adit: a self-hosted reverse-tunnel relay.
 
 pub mod agent;
+pub mod cluster;
+pub mod config;
 pub mod error;
 pub mod exchange;
 pub mod ids;
+pub mod relay;
+pub mod shutdown;
+pub mod telemetry;
 pub mod wire;

@@ -42,7 +42,12 @@ struct Faults {
     cut: f64,
 }
 
-const GOOD: Faults = Faults { lose: 0.0, repeat: 0.0, reorder: 0.0, cut: 0.0 };
+const GOOD: Faults = Faults {
+    lose: 0.0,
+    repeat: 0.0,
+    reorder: 0.0,
+    cut: 0.0,
+};
 
 /// Two ends of one simulated tunnel.
 struct Tunnel {
@@ -68,7 +73,10 @@ struct World {
 impl World {
     fn new(seed: u64) -> Self {
         let clock = Clock::default();
-        let owner = Owner { client_id: "home".parse().expect("a client id"), instance_id: InstanceId::new() };
+        let owner = Owner {
+            client_id: "home".parse().expect("a client id"),
+            instance_id: InstanceId::new(),
+        };
         let table = || Arc::new(Exchanges::new(clock, Duration::from_secs(30)));
         let mut random = StdRng::seed_from_u64(seed);
         let faults = Faults {
@@ -98,7 +106,12 @@ impl World {
         let (ingress, host) = (path(&self.ingress), path(&self.host));
         self.ingress.path_found(&ingress);
         self.host.path_found(&host);
-        self.tunnels.push(Tunnel { ingress, host, to_host: VecDeque::new(), to_ingress: VecDeque::new() });
+        self.tunnels.push(Tunnel {
+            ingress,
+            host,
+            to_host: VecDeque::new(),
+            to_ingress: VecDeque::new(),
+        });
     }
 
     fn disconnect(&mut self, at: usize) {
@@ -107,7 +120,8 @@ impl World {
         gone.ingress.close();
         gone.host.close();
         let left = self.tunnels.first();
-        self.ingress.path_lost(&gone.ingress, left.map(|tunnel| &tunnel.ingress));
+        self.ingress
+            .path_lost(&gone.ingress, left.map(|tunnel| &tunnel.ingress));
         self.host.path_lost(&gone.host, left.map(|tunnel| &tunnel.host));
     }
 
@@ -127,7 +141,10 @@ impl World {
 
     fn carry(&mut self, at: usize) {
         let tunnel = &mut self.tunnels[at];
-        for (path, queue) in [(&tunnel.ingress, &mut tunnel.to_host), (&tunnel.host, &mut tunnel.to_ingress)] {
+        for (path, queue) in [
+            (&tunnel.ingress, &mut tunnel.to_host),
+            (&tunnel.host, &mut tunnel.to_ingress),
+        ] {
             let mut message = BytesMut::new();
             path.fill(&mut message);
             let mut message = message.freeze();
@@ -161,16 +178,21 @@ impl World {
     fn arrive_at_host(&mut self, frame: Frame, path: &Arc<Path>) {
         let Some(id) = id_of(&frame) else { return };
         if !matches!(frame, Frame::Open(..)) {
-            return self.host.on_frame(id, frame, path).expect("the owner speaks");
+            self.host.on_frame(id, frame, path).expect("the owner speaks");
+            return;
         }
         match self.host.accept(id, path, 1000) {
             Accepted::New(exchange) => {
                 exchange.on_frame(frame, path);
                 let calls = self.calls.clone();
-                tokio::spawn(serve(exchange, keep_trailers as fn(&mut HeaderMap), move |head, body, _| {
-                    *calls.lock().expect("no panic").entry(id).or_default() += 1;
-                    echo(head, body)
-                }));
+                tokio::spawn(serve(
+                    exchange,
+                    keep_trailers as fn(&mut HeaderMap),
+                    move |head, body, _| {
+                        *calls.lock().expect("no panic").entry(id).or_default() += 1;
+                        echo(head, body)
+                    },
+                ));
             }
             Accepted::Known(exchange) => exchange.on_frame(frame, path),
             Accepted::Over(code) => path.send(Frame::Reset(id, code)),
@@ -179,10 +201,15 @@ impl World {
 
     fn tick(&self) {
         let other = |paths: Vec<&Arc<Path>>, not: Option<&Arc<Path>>| {
-            paths.into_iter().find(|path| not.is_none_or(|not| !Arc::ptr_eq(path, not))).cloned()
+            paths
+                .into_iter()
+                .find(|path| not.is_none_or(|not| !Arc::ptr_eq(path, not)))
+                .cloned()
         };
-        self.ingress.tick(|_, not| other(self.tunnels.iter().map(|tunnel| &tunnel.ingress).collect(), not));
-        self.host.tick(|_, not| other(self.tunnels.iter().map(|tunnel| &tunnel.host).collect(), not));
+        self.ingress
+            .tick(|_, not| other(self.tunnels.iter().map(|tunnel| &tunnel.ingress).collect(), not));
+        self.host
+            .tick(|_, not| other(self.tunnels.iter().map(|tunnel| &tunnel.host).collect(), not));
     }
 }
 
@@ -198,7 +225,10 @@ type Answered = Served<http_body_util::combinators::BoxBody<Bytes, Infallible>, 
 
 /// The upstream: answers with what it got, as it comes.
 async fn echo(head: RequestHead, body: Option<RequestBody>) -> Result<Answered, Code> {
-    let answer = ResponseHead { status: StatusCode::OK, headers: head.headers };
+    let answer = ResponseHead {
+        status: StatusCode::OK,
+        headers: head.headers,
+    };
     let body = match body {
         Some(body) => body.collect().await.map_err(|_| Code::RequestBroken)?.to_bytes(),
         None => Bytes::from_static(b"nothing"),
@@ -208,14 +238,38 @@ async fn echo(head: RequestHead, body: Option<RequestBody>) -> Result<Answered, 
 
 /// One request; `Ok` when what came back is what went out.
 async fn request(table: Arc<Exchanges>, path: Arc<Path>, body: Bytes) -> Result<(), String> {
-    let ingress = Ingress { response_timeout: Duration::from_secs(120), body_idle: Duration::from_secs(60), keep_trailers };
-    let flags = RequestFlags { empty: body.is_empty(), upgrade: false };
+    let ingress = Ingress {
+        response_timeout: Duration::from_secs(120),
+        body_idle: Duration::from_secs(60),
+        keep_trailers,
+    };
+    let flags = RequestFlags {
+        empty: body.is_empty(),
+        upgrade: false,
+    };
     let target = Bytes::from_static(b"/");
-    let head = RequestHead { method: Method::POST, target, flags, headers: HeaderMap::new() };
+    let head = RequestHead {
+        method: Method::POST,
+        target,
+        flags,
+        headers: HeaderMap::new(),
+    };
     let sent = (!body.is_empty()).then(|| Full::new(body.clone()));
-    let answer = ingress.call(&table, &path, &head, sent, |_| {}).await.map_err(|failure| format!("{failure:?}"))?;
-    let got = answer.into_body(None, keep_trailers).collect().await.map_err(|error| error.to_string())?.to_bytes();
-    let expected = if body.is_empty() { Bytes::from_static(b"nothing") } else { body };
+    let answer = ingress
+        .call(&table, &path, &head, sent, |_| {})
+        .await
+        .map_err(|failure| format!("{failure:?}"))?;
+    let got = answer
+        .into_body(None, keep_trailers)
+        .collect()
+        .await
+        .map_err(|error| error.to_string())?
+        .to_bytes();
+    let expected = if body.is_empty() {
+        Bytes::from_static(b"nothing")
+    } else {
+        body
+    };
     assert_eq!(got, expected, "whole and exact, never anything else");
     Ok(())
 }
@@ -227,7 +281,9 @@ async fn run(seed: u64) -> (u32, u32) {
     for _ in 0..REQUESTS {
         let size = [0, 1, 40, 5_000, 70_000, 400_000][world.random.random_range(0..6)];
         let body: Bytes = (0..size).map(|_| world.random.random::<u8>()).collect();
-        let path = world.tunnels[world.random.random_range(0..world.tunnels.len())].ingress.clone();
+        let path = world.tunnels[world.random.random_range(0..world.tunnels.len())]
+            .ingress
+            .clone();
         requests.spawn(request(world.ingress.clone(), path, body));
     }
     let mut ticks = tokio::time::interval(TICK);
@@ -250,8 +306,16 @@ async fn run(seed: u64) -> (u32, u32) {
             }
         }
     }
-    assert!(failed.is_empty(), "seed {seed}: {failed:?} after {} cuts and {} lost frames", world.cuts, world.lost);
-    assert!(world.calls.lock().expect("no panic").values().all(|calls| *calls == 1), "seed {seed}: called twice");
+    assert!(
+        failed.is_empty(),
+        "seed {seed}: {failed:?} after {} cuts and {} lost frames",
+        world.cuts,
+        world.lost
+    );
+    assert!(
+        world.calls.lock().expect("no panic").values().all(|calls| *calls == 1),
+        "seed {seed}: called twice"
+    );
     assert!(world.ingress.is_empty(), "seed {seed}: nothing is left at the ingress");
     (world.cuts, world.lost)
 }
@@ -265,9 +329,15 @@ fn exchanges_survive_every_schedule() {
     let mut faults = (0, 0);
     for seed in seeds {
         println!("ADIT_SEED={seed}");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build();
         let (cuts, lost) = runtime.expect("a runtime").block_on(run(seed));
         faults = (faults.0 + cuts, faults.1 + lost);
     }
-    assert!(faults.0 > 0 && faults.1 > 0, "the schedules cut tunnels and lost frames: {faults:?}");
+    assert!(
+        faults.0 > 0 && faults.1 > 0,
+        "the schedules cut tunnels and lost frames: {faults:?}"
+    );
 }

@@ -1,9 +1,9 @@
 //! One tunnel's connection to a relay: TCP, TLS, the WebSocket handshake, and the hellos. Says in words what went wrong.
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Uri, header};
+use http::{HeaderValue, header};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -13,6 +13,7 @@ use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
 
 use super::{AgentError, Config};
 use crate::{
+    config::{RelayUrl, Secret},
     ids::{ClientId, InstanceId},
     wire::{
         frame::{Frame, SUBPROTOCOL},
@@ -27,56 +28,6 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 const NOT_SENT_LOWAT: u32 = 128 * 1024;
 /// How much of a refusal's body is read for its explanation, bytes.
 const MAX_EXPLANATION: usize = 2048;
-
-/// Where a relay is: `http`, `https`, `ws` or `wss`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RelayUrl {
-    tls: bool,
-    host: String,
-    port: u16,
-}
-
-impl FromStr for RelayUrl {
-    type Err = AgentError;
-
-    fn from_str(text: &str) -> Result<Self, AgentError> {
-        let invalid = || {
-            AgentError::Invalid(format!(
-                "`{text}` is not the URL of a relay: write it as https://relay.example.org or http://127.0.0.1:8080"
-            ))
-        };
-        let uri: Uri = text.parse().map_err(|_| invalid())?;
-        let tls = match uri.scheme_str() {
-            Some("https" | "wss") => true,
-            Some("http" | "ws") => false,
-            _ => return Err(invalid()),
-        };
-        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(invalid)?;
-        if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-            return Err(AgentError::Invalid(format!(
-                "the relay's URL `{text}` has a path: leave it out"
-            )));
-        }
-        let port = uri.port_u16().unwrap_or(if tls { 443 } else { 80 });
-        Ok(Self {
-            tls,
-            host: host.to_owned(),
-            port,
-        })
-    }
-}
-
-impl std::fmt::Display for RelayUrl {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{}://{}:{}",
-            if self.tls { "https" } else { "http" },
-            self.host,
-            self.port
-        )
-    }
-}
 
 /// Why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +63,7 @@ pub(super) struct Dialed {
 pub(super) struct Dialer {
     relay: RelayUrl,
     client_id: ClientId,
-    token: String,
+    token: Secret,
     tls: Arc<rustls::ClientConfig>,
     instance_id: InstanceId,
 }
@@ -169,8 +120,8 @@ impl Dialer {
     }
 
     async fn connect(&self) -> std::io::Result<Box<dyn Connection>> {
-        let host = self.relay.host.trim_start_matches('[').trim_end_matches(']');
-        let tcp = TcpStream::connect((host, self.relay.port)).await?;
+        let host = self.relay.authority.host().trim_start_matches('[').trim_end_matches(']');
+        let tcp = TcpStream::connect((host, self.relay.port())).await?;
         tcp.set_nodelay(true)?;
         socket2::SockRef::from(&tcp).set_tcp_notsent_lowat(NOT_SENT_LOWAT).ok();
         if !self.relay.tls {
@@ -185,14 +136,11 @@ impl Dialer {
 
     async fn handshake(&self, io: Box<dyn Connection>) -> Result<Box<dyn Connection>, DialError> {
         let not_a_relay = |why: String| DialError::NotARelay(self.relay.clone(), why);
-        let url = format!(
-            "ws://{}:{}/ws?clientId={}",
-            self.relay.host, self.relay.port, self.client_id
-        );
+        let url = format!("ws://{}/ws?clientId={}", self.relay.authority, self.client_id);
         let mut request = url
             .into_client_request()
             .map_err(|error| not_a_relay(error.to_string()))?;
-        let mut bearer = HeaderValue::try_from(format!("Bearer {}", self.token))
+        let mut bearer = HeaderValue::try_from(format!("Bearer {}", self.token.expose()))
             .map_err(|_| DialError::Unauthorized(self.client_id.clone(), "it has impossible characters".into()))?;
         bearer.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, bearer);
@@ -238,29 +186,6 @@ impl Dialer {
         match Frame::decode(&mut message) {
             Ok(Some(Frame::Hello(json))) => hello::from_json(&json),
             _ => Err("its first message is no hello".into()),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn relay_urls() {
-        let url = |text: &str| {
-            text.parse::<RelayUrl>()
-                .map(|url| url.to_string())
-                .map_err(|error| error.to_string())
-        };
-        assert_eq!(
-            url("https://relay.example.org"),
-            Ok("https://relay.example.org:443".into())
-        );
-        assert_eq!(url("ws://127.0.0.1:8080/"), Ok("http://127.0.0.1:8080".into()));
-        assert_eq!(url("wss://[::1]:8443"), Ok("https://[::1]:8443".into()));
-        for bad in ["", "relay", "ftp://x", "http://", "http://x/ws", "http://x?y"] {
-            assert!(url(bad).is_err(), "{bad}");
         }
     }
 }

@@ -217,7 +217,7 @@ impl Taker for LinkTaker {
             Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) | Frame::Done(id) => {
                 let id = *id;
                 let taken = self.host.exchanges.on_frame(id, frame, path);
-                taken.map_err(|_| LinkEnd::Violation("the relay spoke in an exchange of another tunnel"))?;
+                taken.map_err(|_| LinkEnd::Foreign)?;
             }
             Frame::Drain(_) => drop(self.told.send(Told::Drain)),
             Frame::Superseded => drop(self.told.send(Told::Superseded)),

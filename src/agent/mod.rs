@@ -2,12 +2,11 @@
 //! through them. `adit http` is this and a printer of [`Event`]s; a Rust program can embed it the same way:
 //!
 //! ```no_run
-//! # async fn example() -> Result<(), adit::agent::AgentError> {
-//! use adit::agent::{Agent, Config, Upstream};
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use adit::agent::{Agent, Config};
 //!
-//! let upstream: Upstream = "http://127.0.0.1:3000".parse()?;
-//! let config = Config::new("https://relay.example.org", "home".parse()?, "adit_…", upstream)?;
-//! let agent = Agent::new(config)?;
+//! let relay = "https://relay.example.org".parse()?;
+//! let agent = Agent::new(Config::new(relay, "home".parse()?, "adit_…".parse()?, "3000".parse()?))?;
 //! agent.run(async { tokio::signal::ctrl_c().await.unwrap_or(()) }, |event| println!("{event:?}")).await;
 //! # Ok(())
 //! # }
@@ -25,10 +24,12 @@ mod host;
 mod slot;
 mod upstream;
 
-pub use dial::{DialError, RelayUrl};
-pub use upstream::{HostHeader, Upstream};
+pub use dial::DialError;
 
-use crate::ids::{ClientId, InvalidClientId, NodeId};
+use crate::{
+    config::{HostHeader, RelayUrl, Secret, UpstreamUrl},
+    ids::{ClientId, NodeId},
+};
 
 /// Tunnels an agent may hold: a few, on as many nodes, are enough (Teleport RFD 69 tells of the others).
 pub const MAX_CONNECTIONS: u32 = 8;
@@ -41,9 +42,9 @@ pub struct Config {
     /// The client it serves.
     pub client_id: ClientId,
     /// An access token of that client.
-    pub token: String,
+    pub token: Secret,
     /// What it serves it with.
-    pub upstream: Upstream,
+    pub upstream: UpstreamUrl,
     /// The Host header that the upstream sees.
     pub host_header: HostHeader,
     /// Whether an `https` upstream's certificate is not checked.
@@ -54,16 +55,8 @@ pub struct Config {
 
 impl Config {
     /// A configuration with defaults for what is optional.
-    pub fn new(relay: &str, client_id: ClientId, token: &str, upstream: Upstream) -> Result<Self, AgentError> {
-        Ok(Self {
-            relay: relay.parse()?,
-            client_id,
-            token: token.to_owned(),
-            upstream,
-            host_header: HostHeader::Keep,
-            insecure: false,
-            connections: 2,
-        })
+    pub fn new(relay: RelayUrl, client_id: ClientId, token: Secret, upstream: UpstreamUrl) -> Self {
+        Self { relay, client_id, token, upstream, host_header: HostHeader::Keep, insecure: false, connections: 2 }
     }
 }
 
@@ -73,9 +66,6 @@ pub enum AgentError {
     /// A value of the configuration; the text says which and what to do.
     #[error("{0}")]
     Invalid(String),
-    /// The name is not a client id.
-    #[error(transparent)]
-    ClientId(#[from] InvalidClientId),
     /// The system's certificates cannot be read.
     #[error("the system's root certificates cannot be read: {0}")]
     Certificates(std::io::Error),
@@ -137,7 +127,7 @@ impl Agent {
                 "connections must be 1 to {MAX_CONNECTIONS}"
             )));
         }
-        if config.token.is_empty() || !config.token.bytes().all(|b| b.is_ascii_graphic()) {
+        if config.token.is_empty() || !config.token.expose().bytes().all(|b| b.is_ascii_graphic()) {
             return Err(AgentError::Invalid(
                 "the token is empty or has characters that no token has".into(),
             ));

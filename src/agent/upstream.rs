@@ -1,9 +1,7 @@
 //! One request to the local server, and its answer back: the function that the host end serves exchanges with.
 
 use std::{
-    path::PathBuf,
     pin::Pin,
-    str::FromStr,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -31,6 +29,7 @@ use tokio::{
 };
 
 use super::{AgentError, Config, Event};
+use crate::config::{HostHeader, UpstreamUrl};
 use crate::{
     exchange::host::{Interim, RequestBody, Served, Summary},
     wire::{
@@ -50,127 +49,13 @@ const CONNECTION_BUFFER: usize = 64 * 1024;
 /// Interim responses of one request that are passed on; the rest of a flood is dropped.
 const MAX_INTERIM: u64 = 16;
 
-/// A local server.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Upstream {
-    /// Plain HTTP/1.1; gRPC requests go as HTTP/2 with prior knowledge.
-    Http(String),
-    /// TLS.
-    Https(String),
-    /// Always HTTP/2 with prior knowledge.
-    H2c(String),
-    /// Plain HTTP/1.1 over a Unix socket.
-    Unix(PathBuf),
-}
-
-impl FromStr for Upstream {
-    type Err = AgentError;
-
-    /// `3000`, `host:port`, `http://host:port`, `https://…`, `h2c://…` or `unix:/path/to.sock`.
-    fn from_str(text: &str) -> Result<Self, AgentError> {
-        let invalid = |why: &str| {
-            AgentError::Invalid(format!(
-                "`{text}` is not an upstream: {why}; write 3000, host:port, http://host:port, https://…, h2c://… or unix:/path"
-            ))
-        };
-        if text.parse::<u16>().is_ok_and(|port| port != 0) {
-            return Ok(Upstream::Http(format!("127.0.0.1:{text}")));
-        }
-        if let Some(path) = text.strip_prefix("unix:") {
-            let path = path.strip_prefix("//").unwrap_or(path);
-            return if path.is_empty() {
-                Err(invalid("the socket's path is missing"))
-            } else {
-                Ok(Upstream::Unix(path.into()))
-            };
-        }
-        let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
-        let authority = rest.strip_suffix('/').unwrap_or(rest);
-        if authority.contains(['/', '?', '#']) {
-            return Err(invalid("a path cannot be given"));
-        }
-        let parsed: http::uri::Authority = authority.parse().map_err(|_| invalid("the address cannot be read"))?;
-        if parsed.host().is_empty() || authority.contains('@') {
-            return Err(invalid("the address cannot be read"));
-        }
-        let with_port = |port: u16| {
-            if parsed.port().is_some() {
-                authority.to_owned()
-            } else {
-                format!("{authority}:{port}")
-            }
-        };
-        match scheme {
-            "http" => Ok(Upstream::Http(with_port(80))),
-            "https" => Ok(Upstream::Https(with_port(443))),
-            "h2c" => Ok(Upstream::H2c(with_port(80))),
-            _ => Err(invalid("the scheme is unknown")),
-        }
-    }
-}
-
-impl std::fmt::Display for Upstream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Upstream::Http(authority) => write!(f, "http://{authority}"),
-            Upstream::Https(authority) => write!(f, "https://{authority}"),
-            Upstream::H2c(authority) => write!(f, "h2c://{authority}"),
-            Upstream::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
-impl Upstream {
-    fn scheme(&self) -> &'static str {
-        if matches!(self, Upstream::Https(_)) {
-            "https"
-        } else {
-            "http"
-        }
-    }
-
-    fn authority(&self) -> &str {
-        match self {
-            Upstream::Http(authority) | Upstream::Https(authority) | Upstream::H2c(authority) => authority,
-            Upstream::Unix(_) => "localhost",
-        }
-    }
-}
-
-/// The Host header that the upstream sees.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum HostHeader {
-    /// As the downstream sent it.
-    #[default]
-    Keep,
-    /// The upstream's own address.
-    Rewrite,
-    /// This.
-    Set(String),
-}
-
-impl FromStr for HostHeader {
-    type Err = AgentError;
-
-    fn from_str(text: &str) -> Result<Self, AgentError> {
-        match text {
-            "keep" => Ok(HostHeader::Keep),
-            "rewrite" => Ok(HostHeader::Rewrite),
-            host if host.parse::<http::uri::Authority>().is_ok() => Ok(HostHeader::Set(host.to_owned())),
-            _ => Err(AgentError::Invalid(format!(
-                "`{text}` is not a host header: write keep, rewrite, or a host name"
-            ))),
-        }
-    }
-}
-
 type OutBody = Either<RequestBody, Empty<Bytes>>;
 type Http = Client<HttpsConnector<Dial>, OutBody>;
 pub(super) type Answered = Served<Counted, TokioIo<Upgraded>>;
 
 /// Calls one upstream, keeping connections to it.
 pub(super) struct Caller {
-    upstream: Upstream,
+    upstream: UpstreamUrl,
     host: Option<HeaderValue>,
     http1: Http,
     http2: Http,
@@ -181,11 +66,9 @@ impl Caller {
         let upstream = config.upstream.clone();
         let host = match &config.host_header {
             HostHeader::Keep => None,
-            HostHeader::Rewrite => Some(upstream.authority().to_owned()),
-            HostHeader::Set(host) => Some(host.clone()),
+            HostHeader::Rewrite => HeaderValue::try_from(upstream.authority().as_str()).ok(),
+            HostHeader::Literal(host) => Some(host.clone()),
         };
-        let host = host.map(HeaderValue::try_from).transpose();
-        let host = host.map_err(|_| AgentError::Invalid("the host header cannot be sent".into()))?;
         let tls = tls(config.insecure)?;
         let connector = || {
             hyper_rustls::HttpsConnectorBuilder::new()
@@ -224,7 +107,7 @@ impl Caller {
             .then(|| head.headers.get(header::SEC_WEBSOCKET_KEY).cloned())
             .flatten();
         let upgrade = head.flags.upgrade;
-        let grpc = is_grpc(&head.headers) || matches!(self.upstream, Upstream::H2c(_));
+        let grpc = is_grpc(&head.headers) || matches!(self.upstream, UpstreamUrl::H2c(_));
         let mut request = self.request(head, body, grpc && !upgrade)?;
         let seen = AtomicU64::new(0);
         hyper::ext::on_informational(&mut request, move |response| {
@@ -258,8 +141,9 @@ impl Caller {
 
     fn request(&self, head: RequestHead, body: Option<RequestBody>, http2: bool) -> Result<Request<OutBody>, Code> {
         let target = PathAndQuery::from_maybe_shared(head.target).map_err(|_| Code::Protocol)?;
+        let scheme = if matches!(self.upstream, UpstreamUrl::Https(_)) { "https" } else { "http" };
         let uri = Uri::builder()
-            .scheme(self.upstream.scheme())
+            .scheme(scheme)
             .authority(self.upstream.authority());
         let uri = uri.path_and_query(target).build().map_err(|_| Code::Protocol)?;
         let body = body.map_or_else(|| Either::Right(Empty::new()), Either::Left);
@@ -374,7 +258,7 @@ impl rustls::client::danger::ServerCertVerifier for AnyCertificate {
 
 /// Connects to the upstream, whatever the URI says.
 #[derive(Clone)]
-struct Dial(Arc<Upstream>);
+struct Dial(Arc<UpstreamUrl>);
 
 impl tower_service::Service<Uri> for Dial {
     type Response = TokioIo<Socket>;
@@ -396,15 +280,16 @@ impl tower_service::Service<Uri> for Dial {
     }
 }
 
-async fn connect(upstream: &Upstream) -> std::io::Result<Socket> {
-    match upstream {
-        Upstream::Unix(path) => UnixStream::connect(path).await.map(Socket::Unix),
-        tcp => {
-            let tcp = TcpStream::connect(tcp.authority()).await?;
-            tcp.set_nodelay(true)?;
-            Ok(Socket::Tcp(tcp))
-        }
-    }
+async fn connect(upstream: &UpstreamUrl) -> std::io::Result<Socket> {
+    let (authority, port) = match upstream {
+        UpstreamUrl::Unix(path) => return UnixStream::connect(path).await.map(Socket::Unix),
+        UpstreamUrl::Https(authority) => (authority, 443),
+        UpstreamUrl::Http(authority) | UpstreamUrl::H2c(authority) => (authority, 80),
+    };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let tcp = TcpStream::connect((host, authority.port_u16().unwrap_or(port))).await?;
+    tcp.set_nodelay(true)?;
+    Ok(Socket::Tcp(tcp))
 }
 
 /// A connection to the upstream.
@@ -532,38 +417,6 @@ impl Body for Counted {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn upstreams_in_every_form() {
-        let parse = |text: &str| {
-            text.parse::<Upstream>()
-                .map(|upstream| upstream.to_string())
-                .map_err(|error| error.to_string())
-        };
-        for (text, same) in [
-            ("3000", "http://127.0.0.1:3000"),
-            ("localhost:3000", "http://localhost:3000"),
-            ("http://[::1]:80/", "http://[::1]:80"),
-            ("https://nas.local", "https://nas.local:443"),
-            ("h2c://127.0.0.1:50051", "h2c://127.0.0.1:50051"),
-            ("unix:/run/app.sock", "unix:/run/app.sock"),
-            ("unix:///run/app.sock", "unix:/run/app.sock"),
-        ] {
-            assert_eq!(parse(text).as_deref(), Ok(same));
-        }
-        for bad in [
-            "",
-            "0",
-            "70000:x",
-            "ftp://x",
-            "http://x/path",
-            "http://u@x",
-            "unix:",
-            "http://",
-        ] {
-            assert!(parse(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn grpc_is_told_from_grpc_web() {

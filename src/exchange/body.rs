@@ -197,6 +197,10 @@ impl<B: Body<Data = Bytes> + Unpin> Pump<B> {
                 Poll::Ready(Some(Ok(frame))) => {
                     self.idle_timer = None;
                     self.write(frame);
+                    if self.body.is_end_stream() {
+                        self.exchange.finish(); // the end leaves with the last bytes
+                        return Poll::Ready(Ok(()));
+                    }
                 }
                 Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(PumpError::Source)),
                 Poll::Ready(None) => {
@@ -211,7 +215,7 @@ impl<B: Body<Data = Bytes> + Unpin> Pump<B> {
     fn write(&mut self, frame: BodyFrame<Bytes>) {
         match frame.into_data() {
             Ok(data) if data.is_empty() => {}
-            Ok(data) => self.exchange.write([head::data_header(data.len()), data]),
+            Ok(data) => self.exchange.write_data(data),
             Err(frame) => {
                 if let Ok(mut trailers) = frame.into_trailers() {
                     (self.keep_trailers)(&mut trailers);
@@ -255,7 +259,7 @@ pub async fn tunnel<S: AsyncRead + AsyncWrite>(
             let mut buffer = bytes::BytesMut::with_capacity(COPY_BUFFER);
             match read_half.read_buf(&mut buffer).await {
                 Ok(0) => break,
-                Ok(length) => exchange.write([head::data_header(length), buffer.freeze()]),
+                Ok(_) => exchange.write_data(buffer.freeze()),
                 Err(_) => return Err(Code::Cancelled),
             }
             exchange.flush();

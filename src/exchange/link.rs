@@ -51,6 +51,9 @@ pub enum LinkEnd {
     /// A message was not made of frames.
     #[error("a message cannot be read: {0}")]
     Frame(#[from] FrameError),
+    /// It spoke in an exchange that is not its own.
+    #[error("it spoke in somebody else's exchange")]
+    Foreign,
     /// The taker of frames refused to go on; the text says why.
     #[error("{0}")]
     Violation(&'static str),

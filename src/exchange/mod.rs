@@ -12,7 +12,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -32,6 +35,7 @@ use crate::{
     ids::RequestId,
     wire::{
         frame::{self, Code, Frame, MAX_PAYLOAD},
+        head,
         stream::{Ack, Chunk, Receiver, Sender, StreamError},
     },
 };
@@ -76,6 +80,8 @@ pub struct Exchange {
     pub owner: Owner,
     role: Role,
     clock: Clock,
+    /// Body bytes written to the outgoing stream.
+    body_sent: AtomicU64,
     /// Guards the streams; held while a frame is taken in or written out, never across an await.
     state: Mutex<State>,
 }
@@ -145,6 +151,7 @@ impl Exchange {
             owner,
             role,
             clock,
+            body_sent: AtomicU64::new(0),
             state: Mutex::new(state),
         }
     }
@@ -194,6 +201,17 @@ impl Exchange {
     pub fn write(&self, pieces: impl IntoIterator<Item = Bytes>) {
         let mut state = self.state();
         pieces.into_iter().for_each(|piece| state.tx.write(piece));
+    }
+
+    /// Puts a part of the body into the outgoing stream.
+    pub fn write_data(&self, data: Bytes) {
+        self.body_sent.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.write([head::data_header(data.len()), data]);
+    }
+
+    /// Body bytes written to the outgoing stream so far.
+    pub fn body_sent(&self) -> u64 {
+        self.body_sent.load(Ordering::Relaxed)
     }
 
     /// Ends the outgoing stream, with the next [`flush`](Self::flush).

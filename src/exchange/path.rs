@@ -16,6 +16,7 @@ use std::{
 
 use bytes::BytesMut;
 use futures_util::task::AtomicWaker;
+use tokio::sync::Notify;
 
 use super::{Clock, Exchange};
 use crate::{
@@ -48,6 +49,7 @@ pub struct Path {
     /// Guards the queue; held for a push or a pop.
     queue: Mutex<Queue>,
     carrier: AtomicWaker,
+    closing: Notify,
     rtt_us: AtomicU64,
     heard_ms: AtomicU64,
     in_flight: AtomicUsize,
@@ -77,6 +79,7 @@ impl Path {
             clock,
             queue: Mutex::default(),
             carrier: AtomicWaker::new(),
+            closing: Notify::new(),
             rtt_us: AtomicU64::new(0),
             heard_ms: AtomicU64::new(clock.now().as_millis() as u64),
             in_flight: AtomicUsize::new(0),
@@ -131,6 +134,18 @@ impl Path {
         queue.done.clear();
         drop(queue);
         self.carrier.wake();
+        self.closing.notify_waiters();
+    }
+
+    /// Waits until it is closed.
+    pub async fn closed(&self) {
+        loop {
+            let closing = self.closing.notified();
+            if self.is_closed() {
+                return;
+            }
+            closing.await;
+        }
     }
 
     /// Puts a frame before all data. When too many wait it is dropped: frames that come here are repeated on demand.

@@ -148,13 +148,13 @@ impl Exchanges {
 
     /// A frame of an exchange, come on `path`. One that nobody knows is answered with RESET, so that the other end, which
     /// still believes in it, learns. `Err` when the exchange is somebody else's: the peer lies.
-    pub fn on_frame(&self, id: RequestId, frame: Frame, path: &Arc<Path>) -> Result<(), NotYours> {
+    pub fn on_frame(&self, id: RequestId, frame: Frame, path: &Arc<Path>) -> Result<Taken, NotYours> {
         let Some(exchange) = self.get(id) else {
             if !matches!(frame, Frame::Reset(..) | Frame::Done(_)) {
                 let over = self.over.lock().unwrap_or_else(PoisonError::into_inner).get(id);
                 path.send(Frame::Reset(id, over.unwrap_or(Code::Gone)));
             }
-            return Ok(());
+            return Ok(Taken::Unknown);
         };
         if exchange.owner != path.owner {
             return Err(NotYours);
@@ -163,7 +163,7 @@ impl Exchanges {
         if exchange.role == Role::Host && exchange.ended().is_some() {
             self.remove(&exchange);
         }
-        Ok(())
+        Ok(Taken::Known)
     }
 
     fn all(&self) -> Vec<Arc<Exchange>> {
@@ -253,6 +253,15 @@ impl Exchanges {
             .filter(|exchange| doomed.contains(&exchange.owner))
             .for_each(|exchange| exchange.reset(code));
     }
+}
+
+/// Whether a frame found its exchange.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// It did.
+    Known,
+    /// Nobody knows the exchange; whoever sent the frame was told.
+    Unknown,
 }
 
 /// What became of an OPEN at the host.

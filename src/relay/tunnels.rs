@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
@@ -25,7 +25,7 @@ pub struct Tunnel {
     /// The access token it was opened with: revoking that closes it.
     pub token_id: TokenId,
     /// Where the agent's connection comes from.
-    pub remote: SocketAddr,
+    pub remote: IpAddr,
     /// Where its frames go.
     pub path: Arc<Path>,
 }
@@ -194,7 +194,7 @@ mod tests {
     fn tunnel(client: &str, instance_id: InstanceId, slot: u32) -> Arc<Tunnel> {
         let owner = Owner { client_id: client.parse().expect("a client id"), instance_id };
         let path = Path::new(owner, Clock::default());
-        let remote = ([127, 0, 0, 1], 1).into();
+        let remote = [127, 0, 0, 1].into();
         Arc::new(Tunnel { id: TunnelId::new(), slot, token_id: TokenId::new(), remote, path })
     }
 

@@ -47,7 +47,10 @@ pub enum SocketError {
     /// The connection broke.
     #[error("the connection broke: {0}")]
     Io(std::io::Error),
-    /// The peer broke RFC 6455, or sent a message that is too long.
+    /// The peer sent a message longer than [`MAX_MESSAGE`].
+    #[error("the peer sent a message that is too long")]
+    TooLong,
+    /// The peer broke RFC 6455.
     #[error("the peer does not speak WebSocket as agreed: {0}")]
     WebSocket(Error),
     /// A text message: this protocol has none.
@@ -59,6 +62,7 @@ impl From<Error> for SocketError {
     fn from(error: Error) -> Self {
         match error {
             Error::Io(error) => SocketError::Io(error),
+            Error::Capacity(_) => SocketError::TooLong,
             other => SocketError::WebSocket(other),
         }
     }

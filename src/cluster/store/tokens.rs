@@ -1,0 +1,126 @@
+//! `client_access_tokens` and `signature_tokens`: hashes only, the secrets are never stored.
+
+use serde::{Deserialize, Serialize};
+use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
+
+use super::{Store, StoreError, parsed};
+use crate::{
+    cluster::secret::TokenHash,
+    ids::{ClientId, TokenId},
+};
+
+/// An access token as a list shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRow {
+    /// Its public name.
+    pub token_id: TokenId,
+    /// What people call it.
+    pub label: Option<String>,
+    /// When it was made.
+    pub created_at: i64,
+}
+
+pub(super) fn insert<'q>(
+    token_id: TokenId,
+    client_id: &'q ClientId,
+    hash: TokenHash,
+    label: Option<&'q str>,
+    now: i64,
+) -> Query<'q, Sqlite, SqliteArguments> {
+    // Not of a client that was deleted meanwhile: its tokens would outlive it.
+    sqlx::query(
+        "INSERT INTO client_access_tokens (token_id, client_id, token_hash, label, created_at) \
+         SELECT ?, client_id, ?, ?, ? FROM clients WHERE client_id = ?",
+    )
+    .bind(token_id.to_string())
+    .bind(hash.to_hex())
+    .bind(label)
+    .bind(now)
+    .bind(client_id.as_str())
+}
+
+impl Store {
+    /// One more access token. `false`: no such client.
+    pub async fn insert_token(
+        &self,
+        token_id: TokenId,
+        client_id: &ClientId,
+        hash: TokenHash,
+        label: Option<&str>,
+        now: i64,
+    ) -> Result<bool, StoreError> {
+        let inserted = insert(token_id, client_id, hash, label, now)
+            .execute(&self.pool)
+            .await?;
+        Ok(inserted.rows_affected() > 0)
+    }
+
+    /// A client's access tokens, oldest first.
+    pub async fn tokens(&self, client_id: &ClientId) -> Result<Vec<TokenRow>, StoreError> {
+        let tokens = sqlx::query(
+            "SELECT token_id, label, created_at FROM client_access_tokens WHERE client_id = ? ORDER BY created_at, token_id",
+        )
+        .bind(client_id.as_str())
+        .try_map(|row| {
+            Ok(TokenRow {
+                token_id: parsed(&row, "token_id")?,
+                label: row.try_get("label")?,
+                created_at: row.try_get("created_at")?,
+            })
+        })
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(tokens)
+    }
+
+    /// Revokes an access token. `false`: the client has no such token.
+    pub async fn delete_token(&self, client_id: &ClientId, token_id: TokenId) -> Result<bool, StoreError> {
+        let removed = sqlx::query("DELETE FROM client_access_tokens WHERE token_id = ? AND client_id = ?")
+            .bind(token_id.to_string())
+            .bind(client_id.as_str())
+            .execute(&self.pool)
+            .await?;
+        Ok(removed.rows_affected() > 0)
+    }
+
+    /// One more signature. `false`: no such client.
+    pub async fn insert_signature(
+        &self,
+        client_id: &ClientId,
+        hash: TokenHash,
+        now: i64,
+        expires_at: i64,
+    ) -> Result<bool, StoreError> {
+        let inserted = sqlx::query(
+            "INSERT INTO signature_tokens (client_id, token_hash, created_at, expires_at) \
+             SELECT client_id, ?, ?, ? FROM clients WHERE client_id = ?",
+        )
+        .bind(hash.to_hex())
+        .bind(now)
+        .bind(expires_at)
+        .bind(client_id.as_str())
+        .execute(&self.pool)
+        .await?;
+        Ok(inserted.rows_affected() > 0)
+    }
+
+    /// Until when a signature of this client is good; `None`: there is none such.
+    pub async fn signature_expiry(&self, client_id: &ClientId, hash: TokenHash) -> Result<Option<i64>, StoreError> {
+        let expiry = sqlx::query("SELECT expires_at FROM signature_tokens WHERE client_id = ? AND token_hash = ?")
+            .bind(client_id.as_str())
+            .bind(hash.to_hex())
+            .try_map(|row| row.try_get("expires_at"))
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(expiry)
+    }
+
+    /// Removes signatures that are no good any more.
+    pub async fn delete_expired_signatures(&self, now: i64) -> Result<u64, StoreError> {
+        let removed = sqlx::query("DELETE FROM signature_tokens WHERE expires_at <= ?")
+            .bind(now)
+            .execute(&self.pool)
+            .await?;
+        Ok(removed.rows_affected())
+    }
+}

@@ -1,0 +1,92 @@
+//! What an operator may set: the relay's and the agent's configuration, read from TOML, checked, and named in errors.
+//!
+//! A flag wins over its environment variable, that over the file, and the file over the default. Here are the file and
+//! the default; `cli` lays flags and environment over them. Nothing here opens a socket.
+
+pub mod agent;
+pub mod relay;
+pub mod url;
+pub mod values;
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+pub use agent::{AgentConfig, AgentFile, TunnelConfig, TunnelFile};
+pub use relay::{HttpConfig, LogConfig, RelayConfig, TunnelsConfig};
+pub use url::{Domain, HostHeader, RelayUrl, UpstreamUrl};
+pub use values::{Invalid, Secret};
+
+/// Why a configuration is not accepted: a sentence that names the file or the key, and says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not there or not readable.
+    #[error("cannot read the configuration file `{}`: {source}", path.display())]
+    Read {
+        /// The file asked for.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or has a key or a value that it may not have. The text names the key.
+    #[error("configuration file `{}`: {detail}", path.display())]
+    File {
+        /// The file read.
+        path: PathBuf,
+        /// What is wrong, with the place or the key.
+        detail: String,
+    },
+    /// A value that is not acceptable, wherever it came from.
+    #[error("`{key}` {why}")]
+    Key {
+        /// The key as the file spells it, with its table: `http.max_target`.
+        key: &'static str,
+        /// What is wrong with the value, and what to write instead.
+        why: String,
+    },
+    /// Something needed was given nowhere; the text says where it can be given.
+    #[error("{0}")]
+    Missing(String),
+}
+
+/// Refuses the value of `key` unless `holds`.
+fn check(holds: bool, key: &'static str, why: &str) -> Result<(), ConfigError> {
+    if holds {
+        return Ok(());
+    }
+    let why = why.to_owned();
+    Err(ConfigError::Key { key, why })
+}
+
+/// Reads a TOML file.
+fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    text.parse().map_err(|error| file_error(path, &error))
+}
+
+/// Makes the typed configuration of a table that came (in part) from the file `path`.
+fn from_table<T: DeserializeOwned>(table: toml::Table, path: &Path) -> Result<T, ConfigError> {
+    table.try_into().map_err(|error| file_error(path, &error))
+}
+
+fn file_error(path: &Path, error: &toml::de::Error) -> ConfigError {
+    ConfigError::File {
+        path: path.to_owned(),
+        detail: error.to_string().trim_end().replace("\nin `", " in `"),
+    }
+}
+
+/// Lays `over` upon `base`: tables are joined key by key, anything else is replaced.
+fn overlay(base: &mut toml::Table, over: toml::Table) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Table(below)), toml::Value::Table(above)) => overlay(below, above),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! A request for a client, from its head to its answer: authorised, routed, called over a tunnel, answered as it comes or
+//! whole. The steps in their order are [`serve`]; how bytes travel is the exchange's.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{HeaderName, Method, Response, Version, request::Parts};
+use http_body::Body;
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+
+use super::{
+    State,
+    respond::{self, Failed},
+    auth::Consumed,
+    answer_body::{OutBody, Record},
+    forward,
+    forwarded::Hop,
+    handle::ConnHandle,
+    router,
+    strict::Target,
+    tunnels::Tunnel,
+};
+use crate::{
+    cluster::registry::Client,
+    error::Cause,
+    exchange::ingress::{Answer, Failure, Ingress},
+    ids::ClientId,
+    telemetry::{self, AuthFailure},
+    wire::{
+        fields,
+        head::{RequestFlags, RequestHead},
+    },
+};
+
+/// Asks for the response whole when it says `buffered`; else it streams.
+const RESPONSE_MODE: HeaderName = HeaderName::from_static("adit-response");
+/// The same, as a query parameter.
+const RESPONSE_MODE_PARAMETER: &str = "responseMode=buffered";
+
+/// A request that is let in, as it goes to the upstream.
+pub(super) struct Asked {
+    pub client: Arc<Client>,
+    pub head: RequestHead,
+    pub connection: ConnHandle,
+    /// Resolves to the connection after a 101.
+    pub on_upgrade: Option<OnUpgrade>,
+    /// The response is wanted whole.
+    pub buffered: bool,
+    /// Once more does no harm, and there is nothing that could not be sent again.
+    pub repeatable: bool,
+}
+
+/// Answers a request for a client. Whatever becomes of it is counted and logged, once.
+pub async fn serve(
+    state: &Arc<State>,
+    client_id: ClientId,
+    target: Target,
+    parts: Parts,
+    body: Incoming,
+    connection: ConnHandle,
+) -> Result<Response<OutBody>, Cause> {
+    let mut record = Record::begin(state, &client_id, &parts.method, target.path());
+    match serve_recorded(state, client_id, target, parts, body, connection, &mut record).await {
+        Ok(response) => Ok(response),
+        Err(cause) => {
+            if let Some(record) = record {
+                record.fail(&cause);
+            }
+            Err(cause)
+        }
+    }
+}
+
+async fn serve_recorded(
+    state: &Arc<State>,
+    client_id: ClientId,
+    target: Target,
+    parts: Parts,
+    body: Incoming,
+    connection: ConnHandle,
+    record: &mut Option<Record>,
+) -> Result<Response<OutBody>, Cause> {
+    let mut asked = ask(state, client_id, &target, parts, connection, body.is_end_stream()).await?;
+    let mut body = (!asked.head.flags.empty && !asked.head.flags.upgrade).then_some(body);
+    let mut not = None;
+    loop {
+        let tunnel = router::route(&state.tunnels, &asked.client, not.as_ref(), state.parking()).await?;
+        let failed = match call(state, &asked, &tunnel, body.take()).await {
+            Ok(answer) => match respond::respond(state, &mut asked, answer, record).await {
+                Ok(response) => return Ok(response),
+                Err(failed) => failed,
+            },
+            Err(failure) => Failed::Exchange(failure),
+        };
+        if !asked.repeatable || !failed.may_succeed_elsewhere(asked.buffered) {
+            return Err(failed.cause());
+        }
+        asked.repeatable = false;
+        not = failed.left_for_good().then(|| tunnel.path.owner.clone());
+    }
+}
+
+/// Lets the request in, and makes of it what goes to the upstream.
+async fn ask(
+    state: &State,
+    client_id: ClientId,
+    target: &Target,
+    mut parts: Parts,
+    connection: ConnHandle,
+    no_body: bool,
+) -> Result<Asked, Cause> {
+    let trusted = &state.config.trusted_proxies;
+    let hop = Hop { peer: connection.peer().ip(), tls: false, http2: parts.version == Version::HTTP_2, trusted };
+    let from = hop.client_address(&parts.headers);
+    let authorized = state.auth.authorize_downstream(&client_id, from, &parts.headers, target.query()).await;
+    let (client, consumed) = authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
+    let buffered = wants_it_whole(&parts, target);
+    let path_and_query = strip_credentials(consumed, &mut parts, target);
+    forward::to_upstream(&mut parts.headers, target, &hop);
+    telemetry::continue_trace(&mut parts.headers);
+    let flags = RequestFlags { empty: no_body && !target.websocket, upgrade: target.websocket };
+    let repeatable = flags.empty && is_idempotent(&parts.method);
+    Ok(Asked {
+        client,
+        head: RequestHead { method: parts.method, target: path_and_query, flags, headers: parts.headers },
+        connection,
+        on_upgrade: parts.extensions.remove::<OnUpgrade>().filter(|_| target.websocket),
+        buffered,
+        repeatable,
+    })
+}
+
+fn wants_it_whole(parts: &Parts, target: &Target) -> bool {
+    let asked = parts.headers.get(RESPONSE_MODE).is_some_and(|mode| mode == "buffered");
+    let query = || target.query().is_some_and(|query| query.split('&').any(|pair| pair == RESPONSE_MODE_PARAMETER));
+    !target.websocket && (asked || query())
+}
+
+/// What the relay consumed does not go on; all else of the target goes byte for byte.
+fn strip_credentials(consumed: Consumed, parts: &mut Parts, target: &Target) -> Bytes {
+    let query = consumed.strip(&mut parts.headers, target.query());
+    if query.as_deref() == target.query() {
+        return Bytes::copy_from_slice(target.path_and_query().as_bytes());
+    }
+    let query = query.map(|query| format!("?{query}")).unwrap_or_default();
+    Bytes::from(format!("{}{query}", target.path()))
+}
+
+/// RFC 9110 §9.2.2, of the methods that are known.
+fn is_idempotent(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE)
+}
+
+/// Sends it over a tunnel, and waits for the head of the answer.
+async fn call(state: &State, asked: &Asked, tunnel: &Tunnel, body: Option<Incoming>) -> Result<Answer, Failure> {
+    let ingress = Ingress {
+        response_timeout: state.config.http.response_timeout,
+        body_idle: state.config.http.body_idle_timeout,
+        keep_trailers: fields::keep_trailers,
+    };
+    let interim = |mut head: crate::wire::head::ResponseHead| {
+        if forward::to_downstream(&mut head.headers, head.status).is_ok() {
+            asked.connection.informational(head.status, &head.headers);
+        }
+    };
+    ingress.call(&state.exchanges, &tunnel.path, &asked.head, body, interim).await
+}

@@ -1,0 +1,183 @@
+//! The relay: one node. [`Relay::new`] touches nothing; [`Relay::run`] serves until told to stop, then drains.
+//!
+//! In the order in which a request meets them:
+//! - [`listener`]: connections, their limits and deadlines
+//! - [`routes`]: every route · [`strict`]: which heads are let in · [`client_of`]: whose they are
+//! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
+//! - [`tunnels`]: the agents' sockets that this node holds · [`accept`]: the door they come in by
+//! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{net::TcpListener, sync::Semaphore, sync::watch};
+use tokio_util::task::TaskTracker;
+
+pub mod accept;
+pub mod admin;
+mod answer;
+mod authority;
+pub mod answer_body;
+pub mod auth;
+pub mod caps;
+pub mod client_of;
+mod connection;
+mod deadline;
+pub mod downstream_io;
+pub mod forward;
+pub mod forwarded;
+pub mod handle;
+pub mod ingress;
+pub mod lifecycle;
+pub mod listener;
+mod opening;
+pub mod respond;
+pub mod router;
+pub mod routes;
+pub mod strict;
+pub mod tunnels;
+
+use crate::{
+    cluster::{
+        registry::{Node, Registry},
+        secret::Secret,
+        store::Store,
+    },
+    config::RelayConfig,
+    error::Cause,
+    exchange::{Clock, table::Exchanges},
+    shutdown::Shutdown,
+    telemetry::{AuthFailure, Metrics},
+};
+
+/// The memory for buffered responses is counted in pieces of this many bytes.
+const BUFFER_UNIT: usize = 4 * 1024;
+
+/// What all parts of a running node share.
+pub struct State {
+    /// The configuration, as validated.
+    pub config: RelayConfig,
+    /// Where the public listener is.
+    pub bound: SocketAddr,
+    /// The limits of request heads.
+    pub limits: strict::Limits,
+    /// Who holds what, and who may do what.
+    pub registry: Arc<Registry>,
+    /// Credentials and their checks.
+    pub auth: auth::Auth,
+    /// The tunnels held here.
+    pub tunnels: Arc<tunnels::Tunnels>,
+    /// The exchanges whose downstream is here.
+    pub exchanges: Arc<Exchanges>,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Tunnels and upgraded connections: waited for at the end.
+    pub tasks: TaskTracker,
+    /// Memory left for buffered responses, in [`BUFFER_UNIT`]s.
+    pub buffers: Arc<Semaphore>,
+    /// Set once, when the node begins to leave: by when it has to be gone.
+    pub drain_until: watch::Sender<Option<Instant>>,
+}
+
+impl State {
+    fn new(config: RelayConfig, registry: Arc<Registry>, bound: SocketAddr) -> Self {
+        let limits = strict::Limits {
+            target: config.http.max_target,
+            headers: config.http.max_header_bytes,
+            fields: config.http.max_headers,
+        };
+        Self {
+            limits,
+            auth: auth::Auth::new(registry.clone()),
+            registry,
+            tunnels: Arc::default(),
+            exchanges: Arc::new(Exchanges::new(Clock::default(), config.tunnels.resume_timeout)),
+            metrics: Metrics::new(),
+            tasks: TaskTracker::new(),
+            buffers: Arc::new(Semaphore::new(config.http.buffered_total / BUFFER_UNIT)),
+            drain_until: watch::Sender::new(None),
+            bound,
+            config,
+        }
+    }
+
+    fn count_auth_failure(&self, cause: &Cause, who: AuthFailure) {
+        if matches!(cause, Cause::Unauthorized | Cause::UnauthorizedBasic | Cause::TooMany(..)) {
+            self.metrics.auth_failure(who);
+        }
+    }
+
+    /// Whether the node is leaving.
+    pub fn is_draining(&self) -> bool {
+        self.drain_until.borrow().is_some()
+    }
+
+    /// How long it still may take, if it is leaving.
+    pub fn drain_left(&self) -> Option<Duration> {
+        self.drain_until.borrow().map(|until| until.saturating_duration_since(Instant::now()))
+    }
+
+    fn parking(&self) -> router::Parking {
+        router::Parking { timeout: self.config.tunnels.park_timeout, memory: self.config.tunnels.park_memory }
+    }
+}
+
+/// The sockets a relay listens on; port 0 is as good as any.
+pub struct Listeners {
+    /// For downstreams and agents.
+    pub public: TcpListener,
+    /// For the operator.
+    pub admin: TcpListener,
+}
+
+/// What a relay says once it is serving.
+pub struct Ready {
+    /// For whoever embeds the relay: clients and tokens, without the admin API.
+    pub registry: Arc<Registry>,
+    /// The admin token, if one was made now: shown once, stored only as a hash.
+    pub new_admin_token: Option<Secret>,
+}
+
+/// A relay node that is not running yet.
+///
+/// ```no_run
+/// # async fn example() -> anyhow::Result<()> {
+/// use adit::{config::RelayConfig, relay::{Listeners, Relay}, shutdown::Shutdown};
+/// use tokio::net::TcpListener;
+///
+/// let listeners = Listeners {
+///     public: TcpListener::bind("0.0.0.0:8080").await?,
+///     admin: TcpListener::bind("127.0.0.1:9090").await?,
+/// };
+/// let relay = Relay::new(RelayConfig::default());
+/// relay.run(listeners, Shutdown::new(), |ready| {
+///     if let Some(token) = ready.new_admin_token {
+///         eprintln!("admin token: {}", token.expose());
+///     }
+/// }).await
+/// # }
+/// ```
+pub struct Relay {
+    config: RelayConfig,
+}
+
+impl Relay {
+    /// Touches nothing.
+    pub fn new(config: RelayConfig) -> Self {
+        Self { config }
+    }
+
+    /// Opens the registry, serves, and drains when `shutdown` says so. `on_ready` is called once requests are served.
+    pub async fn run(self, listeners: Listeners, shutdown: Shutdown, on_ready: impl FnOnce(Ready)) -> anyhow::Result<()> {
+        let store = Store::open(self.config.database_url.expose()).await?;
+        let node = Node::new(&listeners.admin.local_addr()?.to_string());
+        let registry = Arc::new(Registry::new(store, node));
+        let given = self.config.admin_token.as_ref().map(|token| token.expose());
+        let new_admin_token = registry.ensure_admin_token(given).await?;
+        let state = Arc::new(State::new(self.config, registry.clone(), listeners.public.local_addr()?));
+        lifecycle::run(state, listeners, shutdown, move || on_ready(Ready { registry, new_admin_token })).await
+    }
+}

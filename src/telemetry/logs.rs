@@ -1,0 +1,92 @@
+//! Logs on standard error: for people on a terminal, JSON lines otherwise.
+
+use std::io::{self, IsTerminal};
+
+use serde::Deserialize;
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, registry::LookupSpan, util::SubscriberInitExt};
+
+/// For whom the logs are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// `human` on a terminal, `json` otherwise.
+    #[default]
+    Auto,
+    /// A line of text an event.
+    Human,
+    /// A JSON object an event, one a line.
+    Json,
+}
+
+/// Why logs could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogsError {
+    /// Not what `tracing_subscriber::EnvFilter` reads.
+    #[error("`{0}` is not a log filter: write a level (\"info\") or levels by module (\"info,adit::relay=debug\")")]
+    Filter(String),
+    /// Only the first call in a process counts.
+    #[error("logs are set up already in this process")]
+    Again,
+}
+
+/// Whether `filter` is levels by module: `info`, `info,adit::relay=debug`.
+pub fn is_filter(filter: &str) -> bool {
+    EnvFilter::try_new(filter).is_ok()
+}
+
+/// Sends the process's logs to standard error. Once a process, before anything else runs.
+pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), LogsError> {
+    let levels = EnvFilter::try_new(filter).map_err(|_| LogsError::Filter(filter.to_owned()))?;
+    let terminal = io::stderr().is_terminal();
+    let lines = match format {
+        LogFormat::Human => human(terminal),
+        LogFormat::Auto if terminal => human(terminal),
+        LogFormat::Auto | LogFormat::Json => json(),
+    };
+    let subscriber = tracing_subscriber::registry().with(levels).with(lines);
+    subscriber.try_init().map_err(|_| LogsError::Again)
+}
+
+type Lines<S> = Box<dyn Layer<S> + Send + Sync>;
+
+/// `NO_COLOR` (no-color.org) is honoured by the layer itself unless it is told otherwise.
+fn human<S: tracing::Subscriber + for<'a> LookupSpan<'a>>(terminal: bool) -> Lines<S> {
+    let lines = tracing_subscriber::fmt::layer()
+        .compact()
+        .with_target(false)
+        .with_writer(io::stderr);
+    if terminal {
+        lines.boxed()
+    } else {
+        lines.with_ansi(false).boxed()
+    }
+}
+
+fn json<S: tracing::Subscriber + for<'a> LookupSpan<'a>>() -> Lines<S> {
+    let lines = tracing_subscriber::fmt::layer()
+        .json()
+        .flatten_event(true)
+        .with_current_span(false);
+    lines.with_writer(io::stderr).boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_levels_by_module() {
+        assert!(is_filter("info") && is_filter("warn,adit::relay=debug") && is_filter("off"));
+        assert!(!is_filter("adit=loud"));
+    }
+
+    #[test]
+    fn logs_are_set_up_once() {
+        assert!(matches!(
+            init_logs(LogFormat::Auto, "adit=loud"),
+            Err(LogsError::Filter(_))
+        ));
+        let _first = init_logs(LogFormat::Json, "off");
+        assert!(matches!(init_logs(LogFormat::Human, "off"), Err(LogsError::Again)));
+    }
+}
