@@ -1,6 +1,7 @@
 //! adit: a self-hosted reverse-tunnel relay.
 
 pub mod agent;
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod error;

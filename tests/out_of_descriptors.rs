@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, fs::File};
 
-use adit::relay::listener::{Limits, Listener};
+use adit::relay::downstream::listener::{Limits, Listener};
 use axum::body::Body;
 use http::{Request, Response};
 use hyper::{body::Incoming, service::service_fn};

@@ -120,7 +120,12 @@ impl Dialer {
     }
 
     async fn connect(&self) -> std::io::Result<Box<dyn Connection>> {
-        let host = self.relay.authority.host().trim_start_matches('[').trim_end_matches(']');
+        let host = self
+            .relay
+            .authority
+            .host()
+            .trim_start_matches('[')
+            .trim_end_matches(']');
         let tcp = TcpStream::connect((host, self.relay.port())).await?;
         tcp.set_nodelay(true)?;
         socket2::SockRef::from(&tcp).set_tcp_notsent_lowat(NOT_SENT_LOWAT).ok();

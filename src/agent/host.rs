@@ -26,6 +26,8 @@ use crate::{
 const RESUME_TIMEOUT: Duration = Duration::from_secs(45);
 /// Exchanges on one tunnel; more are refused, and the relay tries elsewhere.
 const MAX_EXCHANGES: usize = 16 * 1024;
+/// What is in flight when the agent is told to end gets this long.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a goodbye may take to leave.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -139,6 +141,19 @@ impl Host {
             ticks.tick().await;
             self.exchanges.tick(|_, not| self.other(not));
         }
+    }
+
+    /// Asks the relay for no more requests, and waits until those that are here are answered.
+    pub async fn drain(&self) {
+        self.links()
+            .iter()
+            .for_each(|link| link.send(Frame::Drain(DRAIN_TIMEOUT.as_millis() as u32)));
+        let idle = async {
+            while !self.exchanges.is_empty() {
+                tokio::time::sleep(TICK).await;
+            }
+        };
+        tokio::time::timeout(DRAIN_TIMEOUT, idle).await.ok();
     }
 
     /// Says goodbye on every tunnel, so that the relay ends what is in flight at once, and stops serving.

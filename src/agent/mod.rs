@@ -7,7 +7,7 @@
 //!
 //! let relay = "https://relay.example.org".parse()?;
 //! let agent = Agent::new(Config::new(relay, "home".parse()?, "adit_…".parse()?, "3000".parse()?))?;
-//! agent.run(async { tokio::signal::ctrl_c().await.unwrap_or(()) }, |event| println!("{event:?}")).await;
+//! agent.run(adit::shutdown::signals()?, |event| println!("{event:?}")).await;
 //! # Ok(())
 //! # }
 //! ```
@@ -17,7 +17,7 @@
 //! - [`host`]: the frames of all tunnels, to the exchanges they belong to
 //! - [`upstream`]: one request to the local server, and its answer back
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 mod dial;
 mod host;
@@ -29,6 +29,7 @@ pub use dial::DialError;
 use crate::{
     config::{HostHeader, RelayUrl, Secret, UpstreamUrl},
     ids::{ClientId, NodeId},
+    shutdown::Shutdown,
 };
 
 /// Tunnels an agent may hold: a few, on as many nodes, are enough (Teleport RFD 69 tells of the others).
@@ -56,7 +57,15 @@ pub struct Config {
 impl Config {
     /// A configuration with defaults for what is optional.
     pub fn new(relay: RelayUrl, client_id: ClientId, token: Secret, upstream: UpstreamUrl) -> Self {
-        Self { relay, client_id, token, upstream, host_header: HostHeader::Keep, insecure: false, connections: 2 }
+        Self {
+            relay,
+            client_id,
+            token,
+            upstream,
+            host_header: HostHeader::Keep,
+            insecure: false,
+            connections: 2,
+        }
     }
 }
 
@@ -137,16 +146,22 @@ impl Agent {
         Ok(Self { config, tls, caller })
     }
 
-    /// Holds the tunnels and serves requests until `stop` resolves; then says goodbye, which ends what is in flight.
-    pub async fn run(self, stop: impl Future<Output = ()>, on_event: impl Fn(Event) + Send + Sync + 'static) {
+    /// Holds the tunnels and serves requests until `shutdown` says to drain: then the relay is asked for no more, what is
+    /// in flight finishes, and the agent says goodbye; at once if told so.
+    pub async fn run(self, shutdown: Shutdown, on_event: impl Fn(Event) + Send + Sync + 'static) {
         let host = Arc::new(host::Host::new(&self.config.client_id, self.caller, Arc::new(on_event)));
         let dialer = Arc::new(dial::Dialer::new(&self.config, self.tls, host.owner().instance_id));
         let mut slots = tokio::task::JoinSet::new();
         for slot in 0..self.config.connections {
             slots.spawn(slot::hold(slot, host.clone(), dialer.clone()));
         }
+        let serving = async {
+            shutdown.drain().await;
+            host.drain().await;
+        };
         tokio::select! {
-            () = stop => {}
+            () = serving => {}
+            () = shutdown.now() => {}
             () = host.clone().pass_time() => {}
         }
         host.leave().await;

@@ -141,10 +141,12 @@ impl Caller {
 
     fn request(&self, head: RequestHead, body: Option<RequestBody>, http2: bool) -> Result<Request<OutBody>, Code> {
         let target = PathAndQuery::from_maybe_shared(head.target).map_err(|_| Code::Protocol)?;
-        let scheme = if matches!(self.upstream, UpstreamUrl::Https(_)) { "https" } else { "http" };
-        let uri = Uri::builder()
-            .scheme(scheme)
-            .authority(self.upstream.authority());
+        let scheme = if matches!(self.upstream, UpstreamUrl::Https(_)) {
+            "https"
+        } else {
+            "http"
+        };
+        let uri = Uri::builder().scheme(scheme).authority(self.upstream.authority());
         let uri = uri.path_and_query(target).build().map_err(|_| Code::Protocol)?;
         let body = body.map_or_else(|| Either::Right(Empty::new()), Either::Left);
         let mut request = Request::new(body);

@@ -23,7 +23,13 @@ pub async fn serve(listener: TcpListener) -> std::io::Result<()> {
 }
 
 async fn hello(method: Method, uri: Uri, headers: HeaderMap) -> impl IntoResponse {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("-").replace('<', "&lt;");
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or("-")
+            .replace('<', "&lt;")
+    };
     Html(format!(
         "<h1>Hello from behind the tunnel</h1>\n<p>{method} {uri}, for {forwarded}, host {host}</p>\n\
          <p>Try <code>/events</code> (server-sent events) and <code>POST /echo</code>.</p>\n",
@@ -39,6 +45,9 @@ async fn echo(request: Request) -> Body {
 
 async fn events() -> impl IntoResponse {
     let ticks = IntervalStream::new(tokio::time::interval(Duration::from_secs(1)));
-    let numbered = ticks.zip(tokio_stream::iter(1u64..));
-    Sse::new(numbered.map(|(_, number)| Ok::<_, Infallible>(Event::default().data(format!("tick {number}")))))
+    let mut number = 0u64;
+    Sse::new(ticks.map(move |_| {
+        number += 1;
+        Ok::<_, Infallible>(Event::default().data(format!("tick {number}")))
+    }))
 }

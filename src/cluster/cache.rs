@@ -148,7 +148,7 @@ mod tests {
     async fn a_fresh_answer_is_not_asked_for_again_until_it_is_forgotten() {
         let cache = Cache::new(FRESH_FOR);
         let asked = AtomicU32::new(0);
-        let ask = async || Ok(asked.fetch_add(1, Ordering::Relaxed));
+        let ask = || async { Ok(asked.fetch_add(1, Ordering::Relaxed)) };
         assert_eq!(cache.get(&home(), &ask).await.expect("loaded"), 0);
         assert_eq!(cache.get(&home(), &ask).await.expect("cached"), 0);
         cache.expire(&home()).await;
@@ -160,7 +160,7 @@ mod tests {
     #[tokio::test]
     async fn a_stale_answer_stands_in_for_the_database_but_a_forgotten_one_does_not() {
         let cache = Cache::new(FRESH_FOR);
-        cache.get(&home(), async || Ok(7)).await.expect("loaded");
+        cache.get(&home(), || async { Ok(7) }).await.expect("loaded");
         cache.expire(&home()).await;
         assert_eq!(cache.get(&home(), down).await.expect("stale"), 7);
         cache.forget(&home());
@@ -172,7 +172,7 @@ mod tests {
         let cache = Cache::new(FRESH_FOR);
         let (reading, go_on) = (Notify::new(), Notify::new());
         let answer = AtomicU32::new(1);
-        let slow = async || {
+        let slow = || async {
             let read = answer.load(Ordering::Relaxed);
             reading.notify_one();
             go_on.notified().await;
@@ -195,7 +195,7 @@ mod tests {
     async fn concurrent_misses_share_one_question() {
         let cache = Cache::new(FRESH_FOR);
         let asked = AtomicU32::new(0);
-        let ask = async || {
+        let ask = || async {
             asked.fetch_add(1, Ordering::Relaxed);
             tokio::task::yield_now().await;
             Ok(())

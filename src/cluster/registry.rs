@@ -5,6 +5,8 @@
 //! and are announced as [`RegistryEvent`]s.
 
 mod clients;
+mod held;
+mod peers;
 mod presence;
 
 use std::{sync::Arc, sync::OnceLock, time::Duration};

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod relay;
+pub mod upstream;
 pub mod url;
 pub mod values;
 
@@ -14,14 +15,15 @@ use serde::de::DeserializeOwned;
 
 pub use agent::{AgentConfig, AgentFile, TunnelConfig, TunnelFile};
 pub use relay::{HttpConfig, LogConfig, RelayConfig, TunnelsConfig};
-pub use url::{Domain, HostHeader, RelayUrl, UpstreamUrl};
+pub use upstream::{HostHeader, UpstreamUrl};
+pub use url::{Domain, RelayUrl};
 pub use values::{Invalid, Secret};
 
 /// Why a configuration is not accepted: a sentence that names the file or the key, and says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file is not there or not readable.
-    #[error("cannot read the configuration file `{}`: {source}", path.display())]
+    #[error("cannot read the configuration file `{}`", path.display())]
     Read {
         /// The file asked for.
         path: PathBuf,
@@ -64,18 +66,27 @@ fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
         path: path.to_owned(),
         source,
     })?;
-    text.parse().map_err(|error| file_error(path, &error))
+    text.parse().map_err(|error| syntax_error(path, &text, &error))
 }
 
 /// Makes the typed configuration of a table that came (in part) from the file `path`.
 fn from_table<T: DeserializeOwned>(table: toml::Table, path: &Path) -> Result<T, ConfigError> {
-    table.try_into().map_err(|error| file_error(path, &error))
-}
-
-fn file_error(path: &Path, error: &toml::de::Error) -> ConfigError {
-    ConfigError::File {
+    table.try_into().map_err(|error| ConfigError::File {
         path: path.to_owned(),
         detail: error.to_string().trim_end().replace("\nin `", " in `"),
+    })
+}
+
+/// By line, and without the line itself as `toml` would print it: it may hold a secret.
+fn syntax_error(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let before = error
+        .span()
+        .and_then(|span| text.as_bytes().get(..span.start))
+        .unwrap_or_default();
+    let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
+    ConfigError::File {
+        path: path.to_owned(),
+        detail: format!("line {line} is not TOML: {}", error.message()),
     }
 }
 
@@ -88,5 +99,25 @@ fn overlay(base: &mut toml::Table, over: toml::Table) {
                 base.insert(key, value);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_not_toml_is_refused_by_line_and_not_quoted() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "listen = \"0.0.0.0:80\"\n\nadmin_token = \"hunter2\n").expect("written");
+        let refused = RelayConfig::load(file.path()).expect_err("no end of text").to_string();
+        assert!(refused.contains("line 3") && !refused.contains("hunter2"), "{refused}");
+    }
+
+    #[test]
+    fn tables_are_joined_and_the_rest_replaced() {
+        let mut base: toml::Table = "a = [1]\n[t]\nx = 1\ny = 1".parse().expect("TOML");
+        overlay(&mut base, "a = [2]\n[t]\ny = 2".parse().expect("TOML"));
+        assert_eq!(base, "a = [2]\n[t]\nx = 1\ny = 2".parse().expect("TOML"));
     }
 }

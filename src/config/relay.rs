@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{
     ConfigError, Domain, RelayUrl, Secret, check, from_table, overlay, read_table,
-    values::{de_duration, de_networks, de_optional, de_size},
+    values::{de_address, de_duration, de_networks, de_optional, de_size},
 };
 use crate::{ids::ClientId, telemetry::LogFormat};
 
@@ -26,8 +26,10 @@ const HEADER_BYTES_MAX: usize = 1024 * 1024;
 #[serde(deny_unknown_fields)]
 pub struct RelayConfig {
     /// Where downstreams and agents connect.
+    #[serde(deserialize_with = "de_address")]
     pub listen: SocketAddr,
     /// Where health and metrics are served.
+    #[serde(deserialize_with = "de_address")]
     pub admin_listen: SocketAddr,
     /// The registry's database; a secret because it may hold a password.
     pub database_url: Secret,

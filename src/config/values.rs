@@ -3,7 +3,13 @@
 //! Written by hand rather than with `humantime-serde` and `bytesize`: two dozen lines, one grammar that the
 //! documentation states in full, and errors that say what to write.
 
-use std::{convert::Infallible, fmt, net::IpAddr, str::FromStr, time::Duration};
+use std::{
+    convert::Infallible,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
@@ -15,12 +21,6 @@ pub const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Invalid(pub(crate) String);
-
-impl Invalid {
-    pub(crate) fn new(why: impl Into<String>) -> Self {
-        Self(why.into())
-    }
-}
 
 /// A text that is never printed: `***` in `Debug` and `Display`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -105,6 +105,16 @@ pub fn size(text: &str) -> Result<usize, Invalid> {
     usize::try_from(bytes).map_err(|_| wrong())
 }
 
+/// Parses an address to listen on: `0.0.0.0:8080`, `[::]:8080`.
+pub fn address(text: &str) -> Result<SocketAddr, Invalid> {
+    let wrong = |_| {
+        Invalid(format!(
+            "`{text}` is not an address to listen on: write it like 0.0.0.0:8080 or 127.0.0.1:8080"
+        ))
+    };
+    text.parse().map_err(wrong)
+}
+
 /// Parses a network (`10.0.0.0/8`) or a single address (`10.0.0.1`).
 pub fn network(text: &str) -> Result<IpNet, Invalid> {
     text.parse::<IpNet>()
@@ -152,6 +162,11 @@ fn de_text<'de, D: Deserializer<'de>, T, E: fmt::Display>(
 /// For `#[serde(deserialize_with)]`: see [`duration`].
 pub(crate) fn de_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     de_text(deserializer, duration)
+}
+
+/// For `#[serde(deserialize_with)]`: see [`address`].
+pub(crate) fn de_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    de_text(deserializer, address)
 }
 
 /// For `#[serde(deserialize_with)]`: see [`size`].

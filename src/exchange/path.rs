@@ -8,7 +8,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::Waker,
     time::Duration,
@@ -53,6 +53,7 @@ pub struct Path {
     rtt_us: AtomicU64,
     heard_ms: AtomicU64,
     in_flight: AtomicUsize,
+    leaving: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +84,7 @@ impl Path {
             rtt_us: AtomicU64::new(0),
             heard_ms: AtomicU64::new(clock.now().as_millis() as u64),
             in_flight: AtomicUsize::new(0),
+            leaving: AtomicBool::new(false),
         })
     }
 
@@ -113,6 +115,16 @@ impl Path {
     /// Exchanges that use this path now.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// The agent at its end asked for no new exchanges.
+    pub fn set_leaving(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether new exchanges are welcome on it.
+    pub fn takes_more(&self) -> bool {
+        !self.leaving.load(Ordering::Relaxed) && !self.is_closed()
     }
 
     /// The clock that all who use this path share.

@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 
 use super::{
     State,
-    answer_body::OutBody,
+    out_body::OutBody,
     tunnels::{Joined, Tunnel},
 };
 use crate::{
@@ -50,19 +50,33 @@ pub struct Knock {
 /// Answers a request for a tunnel: 101, and the tunnel runs in a task of the relay's; or an error that says what to do.
 pub async fn accept(state: &Arc<State>, knock: Knock, headers: HeaderMap) -> Result<Response<OutBody>, Cause> {
     if !knock.websocket {
-        return Err(Cause::BadRequest("a tunnel is a WebSocket: connect with `adit http`, or upgrade the connection"));
+        return Err(Cause::BadRequest(
+            "a tunnel is a WebSocket: connect with `adit http`, or upgrade the connection",
+        ));
     }
     if !offers_adit(&headers) {
-        return Err(Cause::BadRequest("offer the WebSocket sub-protocol `adit.v1`; no other is spoken here"));
+        return Err(Cause::BadRequest(
+            "offer the WebSocket sub-protocol `adit.v1`; no other is spoken here",
+        ));
     }
     if state.is_draining() {
-        return Err(Cause::Unavailable("this relay node is leaving; connect again to reach another"));
+        return Err(Cause::Unavailable(
+            "this relay node is leaving; connect again to reach another",
+        ));
     }
-    let token_id = state.auth.agent(&knock.client_id, knock.remote, &headers).await.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Agent))?;
-    let key = headers.get(header::SEC_WEBSOCKET_KEY).ok_or(Cause::BadRequest("Sec-WebSocket-Key is missing"))?;
+    let token_id = state
+        .auth
+        .agent(&knock.client_id, knock.remote, &headers)
+        .await
+        .inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Agent))?;
+    let key = headers
+        .get(header::SEC_WEBSOCKET_KEY)
+        .ok_or(Cause::BadRequest("Sec-WebSocket-Key is missing"))?;
     let response = switch(key)?;
     drop(headers); // they would pin the read buffer of the connection for the tunnel's life
-    let on_upgrade = knock.on_upgrade.ok_or(Cause::BadRequest("this connection cannot become a WebSocket"))?;
+    let on_upgrade = knock
+        .on_upgrade
+        .ok_or(Cause::BadRequest("this connection cannot become a WebSocket"))?;
     let (state, client_id, remote) = (state.clone(), knock.client_id, knock.remote);
     state.clone().tasks.spawn(async move {
         if let Ok(upgraded) = on_upgrade.await {
@@ -74,7 +88,10 @@ pub async fn accept(state: &Arc<State>, knock: Knock, headers: HeaderMap) -> Res
 
 fn offers_adit(headers: &HeaderMap) -> bool {
     let offers = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
-    offers.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).any(|one| one.trim() == SUBPROTOCOL)
+    offers
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|one| one.trim() == SUBPROTOCOL)
 }
 
 fn switch(key: &HeaderValue) -> Result<Response<OutBody>, Cause> {
@@ -100,16 +117,31 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
         }
         Err(_) => return tracing::info!(client.id = %client_id, remote = %remote, "an agent did not say hello in time"),
     };
-    let owner = Owner { client_id, instance_id: hello.instance_id };
+    let owner = Owner {
+        client_id,
+        instance_id: hello.instance_id,
+    };
     let path = Path::new(owner, state.exchanges.clock());
-    let tunnel = Arc::new(Tunnel { id: TunnelId::new(), slot: hello.slot, token_id, remote, path });
-    let Ok(joined) = state.tunnels.join(tunnel.clone(), state.config.tunnels.max_tunnels_per_client) else {
+    let tunnel = Arc::new(Tunnel {
+        id: TunnelId::new(),
+        slot: hello.slot,
+        token_id,
+        remote,
+        path,
+    });
+    let Ok(joined) = state
+        .tunnels
+        .join(tunnel.clone(), state.config.tunnels.max_tunnels_per_client)
+    else {
         return tracing::warn!(client.id = %tunnel.path.owner.client_id, "the client holds as many tunnels as it may: refused");
     };
     let _counted = state.metrics.tunnel();
     begin(&state, &joined, &hello);
     let taker = RelayTaker { state: state.clone() };
-    let keep_alive = KeepAlive { interval: state.config.tunnels.ping_interval, timeout: state.config.tunnels.ping_timeout };
+    let keep_alive = KeepAlive {
+        interval: state.config.tunnels.ping_interval,
+        timeout: state.config.tunnels.ping_timeout,
+    };
     let end = drive_to_end(socket, &tunnel, &taker, keep_alive).await;
     finish(&state, joined, &end);
 }
@@ -189,7 +221,9 @@ fn finish(state: &State, joined: Joined, end: &LinkEnd) {
     state.registry.forget(tunnel.id);
     let other = state.tunnels.other_path(&tunnel.path.owner, Some(&tunnel.path));
     let in_flight = tunnel.path.in_flight();
-    state.metrics.exchanges_moved(state.exchanges.path_lost(&tunnel.path, other.as_ref()));
+    state
+        .metrics
+        .exchanges_moved(state.exchanges.path_lost(&tunnel.path, other.as_ref()));
     if let Some(violation) = violation_of(end) {
         state.metrics.violation(violation);
     }
@@ -224,13 +258,23 @@ impl Taker for RelayTaker {
         match &frame {
             Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) => {
                 let id = *id;
-                if self.state.exchanges.on_frame(id, frame, path).map_err(|NotYours| LinkEnd::Foreign)? == Taken::Unknown {
+                if self
+                    .state
+                    .exchanges
+                    .on_frame(id, frame, path)
+                    .map_err(|NotYours| LinkEnd::Foreign)?
+                    == Taken::Unknown
+                {
                     self.state.metrics.frame_dropped(FrameDrop::UnknownExchange);
                 }
                 Ok(())
             }
             Frame::Goodbye => {
                 self.state.exchanges.owner_left(&path.owner, Code::AgentLeft);
+                Ok(())
+            }
+            Frame::Drain(_) => {
+                path.set_leaving();
                 Ok(())
             }
             Frame::Open(..) | Frame::Done(_) => Err(LinkEnd::Violation("it sent a frame that only a relay sends")),

@@ -10,12 +10,12 @@ use hyper::{body::Incoming, upgrade::OnUpgrade};
 
 use super::{
     State,
-    respond::{self, Failed},
     auth::Consumed,
-    answer_body::{OutBody, Record},
+    downstream::handle::ConnHandle,
     forward,
     forwarded::Hop,
-    handle::ConnHandle,
+    out_body::{OutBody, Record},
+    respond::{self, Failed},
     router,
     strict::Target,
     tunnels::Tunnel,
@@ -110,19 +110,36 @@ async fn ask(
     no_body: bool,
 ) -> Result<Asked, Cause> {
     let trusted = &state.config.trusted_proxies;
-    let hop = Hop { peer: connection.peer().ip(), tls: false, http2: parts.version == Version::HTTP_2, trusted };
+    let hop = Hop {
+        peer: connection.peer().ip(),
+        tls: false,
+        http2: parts.version == Version::HTTP_2,
+        trusted,
+    };
     let from = hop.client_address(&parts.headers);
-    let authorized = state.auth.authorize_downstream(&client_id, from, &parts.headers, target.query()).await;
-    let (client, consumed) = authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
+    let authorized = state
+        .auth
+        .authorize_downstream(&client_id, from, &parts.headers, target.query())
+        .await;
+    let (client, consumed) =
+        authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
     let buffered = wants_it_whole(&parts, target);
     let path_and_query = strip_credentials(consumed, &mut parts, target);
     forward::to_upstream(&mut parts.headers, target, &hop);
     telemetry::continue_trace(&mut parts.headers);
-    let flags = RequestFlags { empty: no_body && !target.websocket, upgrade: target.websocket };
+    let flags = RequestFlags {
+        empty: no_body && !target.websocket,
+        upgrade: target.websocket,
+    };
     let repeatable = flags.empty && is_idempotent(&parts.method);
     Ok(Asked {
         client,
-        head: RequestHead { method: parts.method, target: path_and_query, flags, headers: parts.headers },
+        head: RequestHead {
+            method: parts.method,
+            target: path_and_query,
+            flags,
+            headers: parts.headers,
+        },
         connection,
         on_upgrade: parts.extensions.remove::<OnUpgrade>().filter(|_| target.websocket),
         buffered,
@@ -132,7 +149,11 @@ async fn ask(
 
 fn wants_it_whole(parts: &Parts, target: &Target) -> bool {
     let asked = parts.headers.get(RESPONSE_MODE).is_some_and(|mode| mode == "buffered");
-    let query = || target.query().is_some_and(|query| query.split('&').any(|pair| pair == RESPONSE_MODE_PARAMETER));
+    let query = || {
+        target
+            .query()
+            .is_some_and(|query| query.split('&').any(|pair| pair == RESPONSE_MODE_PARAMETER))
+    };
     !target.websocket && (asked || query())
 }
 
@@ -148,7 +169,10 @@ fn strip_credentials(consumed: Consumed, parts: &mut Parts, target: &Target) -> 
 
 /// RFC 9110 §9.2.2, of the methods that are known.
 fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE)
+    matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE
+    )
 }
 
 /// Sends it over a tunnel, and waits for the head of the answer.
@@ -163,5 +187,7 @@ async fn call(state: &State, asked: &Asked, tunnel: &Tunnel, body: Option<Incomi
             asked.connection.informational(head.status, &head.headers);
         }
     };
-    ingress.call(&state.exchanges, &tunnel.path, &asked.head, body, interim).await
+    ingress
+        .call(&state.exchanges, &tunnel.path, &asked.head, body, interim)
+        .await
 }

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Listeners, State,
     admin::{self, Readiness},
-    downstream_io::Timeouts,
-    listener, routes,
+    downstream::{io::Timeouts, listener},
+    routes,
     tunnels::Tunnel,
 };
 use crate::{
@@ -72,10 +72,18 @@ async fn leave(state: &State, close_public: &CancellationToken) {
     // 1. Not ready, so that load balancers look elsewhere; new tunnels are refused, requests are still served.
     state.drain_until.send_replace(Some(until));
     state.registry.set_draining();
-    tracing::info!(exchanges = state.exchanges.len(), tunnels = state.tunnels.len(), "draining");
+    tracing::info!(
+        exchanges = state.exchanges.len(),
+        tunnels = state.tunnels.len(),
+        "draining"
+    );
     // 2. Agents open tunnels elsewhere first.
     let left = state.config.drain_timeout.as_millis() as u32;
-    state.tunnels.all().iter().for_each(|tunnel| tunnel.path.send(Frame::Drain(left)));
+    state
+        .tunnels
+        .all()
+        .iter()
+        .for_each(|tunnel| tunnel.path.send(Frame::Drain(left)));
     // 3. What is in flight ends by itself.
     let idle = async {
         while !state.exchanges.is_empty() {
@@ -83,7 +91,10 @@ async fn leave(state: &State, close_public: &CancellationToken) {
         }
     };
     if tokio::time::timeout_at(until.into(), idle).await.is_err() {
-        tracing::warn!(exchanges = state.exchanges.len(), "the drain timeout passed: what is still in flight is cut");
+        tracing::warn!(
+            exchanges = state.exchanges.len(),
+            "the drain timeout passed: what is still in flight is cut"
+        );
     }
     // 4. The port closes; idle connections with it.
     close_public.cancel();
@@ -109,7 +120,11 @@ async fn serve_public(state: Arc<State>, socket: tokio::net::TcpListener, close:
         max_connections: config.http.max_connections,
         max_connections_per_address: config.http.max_connections_per_address,
         trusted_proxies: config.trusted_proxies.clone(),
-        timeouts: Timeouts { header: config.http.head_timeout, write_idle: config.http.write_idle_timeout, ..Timeouts::default() },
+        timeouts: Timeouts {
+            header: config.http.head_timeout,
+            write_idle: config.http.write_idle_timeout,
+            ..Timeouts::default()
+        },
         drain_timeout: CLOSING,
     });
     let service = {
@@ -174,7 +189,12 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
 }
 
 fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
-    let tunnels: Vec<_> = state.tunnels.all().into_iter().filter(|tunnel| doomed(tunnel)).collect();
+    let tunnels: Vec<_> = state
+        .tunnels
+        .all()
+        .into_iter()
+        .filter(|tunnel| doomed(tunnel))
+        .collect();
     let owners: HashSet<_> = tunnels.iter().map(|tunnel| tunnel.path.owner.clone()).collect();
     state.exchanges.reset_owners(&owners, Code::PathLost);
     for tunnel in tunnels {
@@ -186,7 +206,9 @@ fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
 async fn recheck(state: &State) {
     for tunnel in state.tunnels.all() {
         let client_id = &tunnel.path.owner.client_id;
-        let Ok(client) = state.registry.client(client_id).await else { continue };
+        let Ok(client) = state.registry.client(client_id).await else {
+            continue;
+        };
         if !client.is_some_and(|client| client.has_token(tunnel.token_id)) {
             revoke(state, |other| other.id == tunnel.id);
         }

@@ -1,7 +1,7 @@
 //! The relay: one node. [`Relay::new`] touches nothing; [`Relay::run`] serves until told to stop, then drains.
 //!
 //! In the order in which a request meets them:
-//! - [`listener`]: connections, their limits and deadlines
+//! - [`downstream`]: connections, their limits and deadlines
 //! - [`routes`]: every route · [`strict`]: which heads are let in · [`client_of`]: whose they are
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
 //! - [`tunnels`]: the agents' sockets that this node holds · [`accept`]: the door they come in by
@@ -18,22 +18,15 @@ use tokio_util::task::TaskTracker;
 
 pub mod accept;
 pub mod admin;
-mod answer;
-mod authority;
-pub mod answer_body;
 pub mod auth;
-pub mod caps;
+mod authority;
 pub mod client_of;
-mod connection;
-mod deadline;
-pub mod downstream_io;
+pub mod downstream;
 pub mod forward;
 pub mod forwarded;
-pub mod handle;
 pub mod ingress;
 pub mod lifecycle;
-pub mod listener;
-mod opening;
+pub mod out_body;
 pub mod respond;
 pub mod router;
 pub mod routes;
@@ -105,7 +98,10 @@ impl State {
     }
 
     fn count_auth_failure(&self, cause: &Cause, who: AuthFailure) {
-        if matches!(cause, Cause::Unauthorized | Cause::UnauthorizedBasic | Cause::TooMany(..)) {
+        if matches!(
+            cause,
+            Cause::Unauthorized | Cause::UnauthorizedBasic | Cause::TooMany(..)
+        ) {
             self.metrics.auth_failure(who);
         }
     }
@@ -117,11 +113,16 @@ impl State {
 
     /// How long it still may take, if it is leaving.
     pub fn drain_left(&self) -> Option<Duration> {
-        self.drain_until.borrow().map(|until| until.saturating_duration_since(Instant::now()))
+        self.drain_until
+            .borrow()
+            .map(|until| until.saturating_duration_since(Instant::now()))
     }
 
     fn parking(&self) -> router::Parking {
-        router::Parking { timeout: self.config.tunnels.park_timeout, memory: self.config.tunnels.park_memory }
+        router::Parking {
+            timeout: self.config.tunnels.park_timeout,
+            memory: self.config.tunnels.park_memory,
+        }
     }
 }
 
@@ -171,13 +172,28 @@ impl Relay {
     }
 
     /// Opens the registry, serves, and drains when `shutdown` says so. `on_ready` is called once requests are served.
-    pub async fn run(self, listeners: Listeners, shutdown: Shutdown, on_ready: impl FnOnce(Ready)) -> anyhow::Result<()> {
+    pub async fn run(
+        self,
+        listeners: Listeners,
+        shutdown: Shutdown,
+        on_ready: impl FnOnce(Ready),
+    ) -> anyhow::Result<()> {
         let store = Store::open(self.config.database_url.expose()).await?;
         let node = Node::new(&listeners.admin.local_addr()?.to_string());
         let registry = Arc::new(Registry::new(store, node));
         let given = self.config.admin_token.as_ref().map(|token| token.expose());
         let new_admin_token = registry.ensure_admin_token(given).await?;
-        let state = Arc::new(State::new(self.config, registry.clone(), listeners.public.local_addr()?));
-        lifecycle::run(state, listeners, shutdown, move || on_ready(Ready { registry, new_admin_token })).await
+        let state = Arc::new(State::new(
+            self.config,
+            registry.clone(),
+            listeners.public.local_addr()?,
+        ));
+        lifecycle::run(state, listeners, shutdown, move || {
+            on_ready(Ready {
+                registry,
+                new_admin_token,
+            })
+        })
+        .await
     }
 }

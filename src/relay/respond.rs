@@ -10,10 +10,10 @@ use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
 
 use super::{
     BUFFER_UNIT, State,
-    answer_body::{OutBody, Record, outcome_of},
-    downstream_io::DownstreamIo,
+    downstream::io::DownstreamIo,
     forward,
     ingress::Asked,
+    out_body::{OutBody, Record, outcome_of},
 };
 use crate::{
     error::Cause,
@@ -43,7 +43,10 @@ impl Failed {
     pub fn may_succeed_elsewhere(&self, buffered: bool) -> bool {
         match self {
             Failed::Exchange(Failure::Reset(code)) => {
-                let lost = matches!(code, Code::PathLost | Code::AgentLeft | Code::Gone | Code::Finished | Code::Refused);
+                let lost = matches!(
+                    code,
+                    Code::PathLost | Code::AgentLeft | Code::Gone | Code::Finished | Code::Refused
+                );
                 lost || (buffered && *code == Code::UpstreamFailed)
             }
             _ => false,
@@ -68,7 +71,9 @@ impl Failed {
             Code::PathLost | Code::AgentLeft | Code::Gone | Code::Finished => Cause::TunnelLost,
             Code::Timeout => Cause::UpstreamTimeout,
             Code::Refused => Cause::Unavailable("the agent serves as many requests as it can: try again"),
-            Code::RequestBroken => Cause::BadRequest("the request body broke off or its framing is invalid: send it again"),
+            Code::RequestBroken => {
+                Cause::BadRequest("the request body broke off or its framing is invalid: send it again")
+            }
             _ => Cause::UpstreamFailed,
         }
     }
@@ -89,16 +94,26 @@ pub(super) async fn respond(
     }
     let mut headers = answer.head.headers.clone();
     forward::to_downstream(&mut headers, status).map_err(Failed::Answer)?;
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let length = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse().ok());
     let bodiless = asked.head.method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
     let declared = length.filter(|_| !bodiless);
     let body = if asked.buffered && !bodiless {
         let (whole, budget) = collect(state, answer, declared).await?;
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(whole.len()));
-        let record = record.take().map(|record| record.answered(&exchange, status, Some(whole.len() as u64)).with_budget(budget));
+        let record = record.take().map(|record| {
+            record
+                .answered(&exchange, status, Some(whole.len() as u64))
+                .with_budget(budget)
+        });
         OutBody::Whole(Full::new(whole.freeze()), record)
     } else {
-        let record = record.take().map(|record| record.answered(&exchange, status, declared).on(asked.connection.clone()));
+        let record = record.take().map(|record| {
+            record
+                .answered(&exchange, status, declared)
+                .on(asked.connection.clone())
+        });
         OutBody::Streamed(Box::new(answer.into_body(declared, fields::keep_trailers)), record)
     };
     Ok(head_of(status, headers, request_id, body))
@@ -115,12 +130,20 @@ fn head_of(status: StatusCode, headers: http::HeaderMap, request_id: RequestId, 
 }
 
 /// Collects a body whole: never half of one, and never more than the limits.
-async fn collect(state: &State, answer: Answer, declared: Option<u64>) -> Result<(BytesMut, OwnedSemaphorePermit), Failed> {
+async fn collect(
+    state: &State,
+    answer: Answer,
+    declared: Option<u64>,
+) -> Result<(BytesMut, OwnedSemaphorePermit), Failed> {
     let limit = state.config.http.buffered_limit;
     if declared.is_some_and(|declared| declared > limit as u64) {
         return Err(Failed::Answer(Cause::ResponseTooLarge));
     }
-    let full = || Failed::Answer(Cause::Unavailable("the relay buffers as many responses as it may: try again"));
+    let full = || {
+        Failed::Answer(Cause::Unavailable(
+            "the relay buffers as many responses as it may: try again",
+        ))
+    };
     let mut budget = state.buffers.clone().try_acquire_many_owned(1).map_err(|_| full())?;
     let mut whole = BytesMut::new();
     let mut body = answer.into_body(declared, fields::keep_trailers);
@@ -130,8 +153,14 @@ async fn collect(state: &State, answer: Answer, declared: Option<u64>) -> Result
         if whole.len() + data.len() > limit {
             return Err(Failed::Answer(Cause::ResponseTooLarge));
         }
-        let missing = (whole.len() + data.len()).div_ceil(BUFFER_UNIT).saturating_sub(budget.num_permits());
-        let more = state.buffers.clone().try_acquire_many_owned(missing as u32).map_err(|_| full())?;
+        let missing = (whole.len() + data.len())
+            .div_ceil(BUFFER_UNIT)
+            .saturating_sub(budget.num_permits());
+        let more = state
+            .buffers
+            .clone()
+            .try_acquire_many_owned(missing as u32)
+            .map_err(|_| full())?;
         budget.merge(more);
         whole.extend_from_slice(&data);
     }
@@ -146,15 +175,26 @@ fn upgrade(
     record: &mut Option<Record>,
 ) -> Result<Response<OutBody>, Cause> {
     let on_upgrade = asked.on_upgrade.take().ok_or(Cause::UpstreamFailed)?;
-    let Answer { head: ResponseHead { status, mut headers }, records, open, .. } = answer;
-    let key = asked.head.headers.get(header::SEC_WEBSOCKET_KEY).ok_or(Cause::UpstreamFailed)?;
+    let Answer {
+        head: ResponseHead { status, mut headers },
+        records,
+        open,
+        ..
+    } = answer;
+    let key = asked
+        .head
+        .headers
+        .get(header::SEC_WEBSOCKET_KEY)
+        .ok_or(Cause::UpstreamFailed)?;
     let accept = headers.get(header::SEC_WEBSOCKET_ACCEPT).map(HeaderValue::as_bytes);
     if accept != Some(socket::accept_key(key.as_bytes()).as_bytes()) {
         return Err(Cause::UpstreamFailed);
     }
     forward::to_downstream_websocket(&mut headers);
     let request_id = open.exchange.id;
-    let record = record.take().map(|record| record.answered(&open.exchange, status, None));
+    let record = record
+        .take()
+        .map(|record| record.answered(&open.exchange, status, None));
     state.tasks.spawn(async move {
         let Ok(upgraded) = on_upgrade.await else { return };
         // Bytes that came before the 101 were not meant for the upstream, or want to get past whoever checks.

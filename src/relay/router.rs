@@ -20,14 +20,22 @@ pub struct Parking {
 }
 
 /// A tunnel of the client, not one of `not`'s if given. Waits for one if the client was just here.
-pub async fn route(tunnels: &Tunnels, client: &Client, not: Option<&Owner>, parking: Parking) -> Result<Arc<Tunnel>, Cause> {
+pub async fn route(
+    tunnels: &Tunnels,
+    client: &Client,
+    not: Option<&Owner>,
+    parking: Parking,
+) -> Result<Arc<Tunnel>, Cause> {
     if let Some(tunnel) = tunnels.pick(&client.client_id, not) {
         return Ok(tunnel);
     }
     if !tunnels.was_here(&client.client_id, parking.memory) && !seen_lately(client, parking.memory) {
         return Err(Cause::NoTunnel);
     }
-    tunnels.wait(&client.client_id, not, parking.timeout).await.ok_or(Cause::NoTunnel)
+    tunnels
+        .wait(&client.client_id, not, parking.timeout)
+        .await
+        .ok_or(Cause::NoTunnel)
 }
 
 /// Whether any node saw it: after a restart, the agents are about to come back.

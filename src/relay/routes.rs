@@ -9,11 +9,11 @@ use hyper::{body::Incoming, upgrade::OnUpgrade};
 
 use super::{
     State, accept,
-    answer_body::OutBody,
     client_of::{Addressed, client_of},
+    downstream::handle::ConnHandle,
     forwarded::Hop,
-    handle::ConnHandle,
     ingress,
+    out_body::OutBody,
     strict::{self, Target},
 };
 use crate::{
@@ -32,7 +32,11 @@ async fn dispatch(state: &Arc<State>, request: Request<Incoming>) -> Result<Resp
     let (mut parts, body) = request.into_parts();
     let connection = parts.extensions.remove::<ConnHandle>().ok_or(Cause::Internal)?;
     let target = strict::check(&parts, &state.limits)?;
-    match client_of(&target, &parts.headers, state.config.domain.as_ref().map(Domain::as_str))? {
+    match client_of(
+        &target,
+        &parts.headers,
+        state.config.domain.as_ref().map(Domain::as_str),
+    )? {
         // On a client's own host every path is the client's.
         Addressed::ClientHost(client_id) => ingress::serve(state, client_id, target, parts, body, connection).await,
         Addressed::Apex(client_id) => match (target.path(), client_id) {
@@ -65,7 +69,13 @@ async fn tunnel(
 /// The address to count by and to write down: the peer's, or what a trusted proxy says.
 fn remote(state: &State, connection: &ConnHandle, headers: &HeaderMap) -> std::net::IpAddr {
     let trusted = &state.config.trusted_proxies;
-    Hop { peer: connection.peer().ip(), tls: false, http2: false, trusted }.client_address(headers)
+    Hop {
+        peer: connection.peer().ip(),
+        tls: false,
+        http2: false,
+        trusted,
+    }
+    .client_address(headers)
 }
 
 /// A signature for URLs that cannot carry a header: 14 days, for whoever has an access token of the client.
@@ -78,8 +88,15 @@ async fn signature(
     if !matches!(parts.method, Method::POST | Method::HEAD) {
         return Err(Cause::MethodNotAllowed);
     }
-    state.auth.agent(&client_id, remote(state, connection, &parts.headers), &parts.headers).await?;
-    let secret = state.registry.create_signature(&client_id).await.map_err(|_| Cause::RegistryAway)?;
+    state
+        .auth
+        .agent(&client_id, remote(state, connection, &parts.headers), &parts.headers)
+        .await?;
+    let secret = state
+        .registry
+        .create_signature(&client_id)
+        .await
+        .map_err(|_| Cause::RegistryAway)?;
     Ok(json(&parts.method, &serde_json::json!({ "token": secret.expose() })))
 }
 
@@ -88,9 +105,17 @@ fn health() -> serde_json::Value {
 }
 
 fn json(method: &Method, value: &serde_json::Value) -> Response<OutBody> {
-    let body = if *method == Method::HEAD { Bytes::new() } else { Bytes::from(value.to_string()) };
+    let body = if *method == Method::HEAD {
+        Bytes::new()
+    } else {
+        Bytes::from(value.to_string())
+    };
     let mut response = Response::new(OutBody::from(body));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+        .headers_mut()
+        .insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }

@@ -62,7 +62,11 @@ struct Held {
 
 impl Default for Held {
     fn default() -> Self {
-        Self { tunnels: Vec::new(), left_at: None, came: Arc::default() }
+        Self {
+            tunnels: Vec::new(),
+            left_at: None,
+            came: Arc::default(),
+        }
     }
 }
 
@@ -85,7 +89,11 @@ impl Tunnels {
         let mut clients = self.write();
         let held = clients.entry(tunnel.client_id().clone()).or_default();
         let same = |old: &Arc<Tunnel>| old.path.owner == tunnel.path.owner && old.slot == tunnel.slot;
-        let superseded = held.tunnels.iter().position(same).map(|at| held.tunnels.swap_remove(at));
+        let superseded = held
+            .tunnels
+            .iter()
+            .position(same)
+            .map(|at| held.tunnels.swap_remove(at));
         if held.tunnels.len() >= limit {
             return Err(TooMany);
         }
@@ -93,12 +101,18 @@ impl Tunnels {
         held.left_at = None;
         held.came.notify_waiters();
         drop(clients);
-        Ok(Joined { tunnels: self.clone(), tunnel, superseded })
+        Ok(Joined {
+            tunnels: self.clone(),
+            tunnel,
+            superseded,
+        })
     }
 
     fn leave(&self, tunnel: &Arc<Tunnel>) {
         let mut clients = self.write();
-        let Some(held) = clients.get_mut(tunnel.client_id()) else { return };
+        let Some(held) = clients.get_mut(tunnel.client_id()) else {
+            return;
+        };
         held.tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
         if held.tunnels.is_empty() {
             held.left_at.get_or_insert(Instant::now());
@@ -109,7 +123,7 @@ impl Tunnels {
     pub fn pick(&self, client_id: &ClientId, not: Option<&Owner>) -> Option<Arc<Tunnel>> {
         let clients = self.read();
         let tunnels = clients.get(client_id)?.tunnels.iter();
-        let open = tunnels.filter(|tunnel| not != Some(&tunnel.path.owner) && !tunnel.path.is_closed());
+        let open = tunnels.filter(|tunnel| not != Some(&tunnel.path.owner) && tunnel.path.takes_more());
         open.min_by_key(|tunnel| tunnel.path.in_flight()).cloned()
     }
 
@@ -117,21 +131,30 @@ impl Tunnels {
     pub fn other_path(&self, owner: &Owner, not: Option<&Arc<Path>>) -> Option<Arc<Path>> {
         let clients = self.read();
         let paths = clients.get(&owner.client_id)?.tunnels.iter().map(|tunnel| &tunnel.path);
-        let fit = |path: &&Arc<Path>| path.owner == *owner && not.is_none_or(|not| !Arc::ptr_eq(path, not)) && !path.is_closed();
+        let fit = |path: &&Arc<Path>| {
+            path.owner == *owner && not.is_none_or(|not| !Arc::ptr_eq(path, not)) && !path.is_closed()
+        };
         paths.filter(fit).min_by_key(|path| path.in_flight()).cloned()
     }
 
     /// Whether the client has a tunnel here, or had one within `memory`.
     pub fn was_here(&self, client_id: &ClientId, memory: Duration) -> bool {
         let clients = self.read();
-        clients.get(client_id).is_some_and(|held| held.left_at.is_none_or(|at| at.elapsed() <= memory))
+        clients
+            .get(client_id)
+            .is_some_and(|held| held.left_at.is_none_or(|at| at.elapsed() <= memory))
     }
 
     /// Waits for the client's next tunnel; `None` when `patience` ran out.
     pub async fn wait(&self, client_id: &ClientId, not: Option<&Owner>, patience: Duration) -> Option<Arc<Tunnel>> {
         let coming = async {
             loop {
-                let came = self.write().entry(client_id.clone()).or_insert_with(Self::unseen).came.clone();
+                let came = self
+                    .write()
+                    .entry(client_id.clone())
+                    .or_insert_with(Self::unseen)
+                    .came
+                    .clone();
                 let next = came.notified();
                 if let Some(tunnel) = self.pick(client_id, not) {
                     return tunnel;
@@ -144,19 +167,27 @@ impl Tunnels {
 
     /// A client that was seen by another node, not here: remembered from now.
     fn unseen() -> Held {
-        Held { left_at: Some(Instant::now()), ..Held::default() }
+        Held {
+            left_at: Some(Instant::now()),
+            ..Held::default()
+        }
     }
 
     /// Forgets clients that left longer than `memory` ago.
     pub fn forget(&self, memory: Duration) {
         self.write().retain(|_, held| {
-            !held.tunnels.is_empty() || Arc::strong_count(&held.came) > 1 || held.left_at.is_some_and(|at| at.elapsed() <= memory)
+            !held.tunnels.is_empty()
+                || Arc::strong_count(&held.came) > 1
+                || held.left_at.is_some_and(|at| at.elapsed() <= memory)
         });
     }
 
     /// All tunnels.
     pub fn all(&self) -> Vec<Arc<Tunnel>> {
-        self.read().values().flat_map(|held| held.tunnels.iter().cloned()).collect()
+        self.read()
+            .values()
+            .flat_map(|held| held.tunnels.iter().cloned())
+            .collect()
     }
 
     /// How many there are.
@@ -192,10 +223,19 @@ mod tests {
     use crate::{exchange::Clock, ids::InstanceId};
 
     fn tunnel(client: &str, instance_id: InstanceId, slot: u32) -> Arc<Tunnel> {
-        let owner = Owner { client_id: client.parse().expect("a client id"), instance_id };
+        let owner = Owner {
+            client_id: client.parse().expect("a client id"),
+            instance_id,
+        };
         let path = Path::new(owner, Clock::default());
         let remote = [127, 0, 0, 1].into();
-        Arc::new(Tunnel { id: TunnelId::new(), slot, token_id: TokenId::new(), remote, path })
+        Arc::new(Tunnel {
+            id: TunnelId::new(),
+            slot,
+            token_id: TokenId::new(),
+            remote,
+            path,
+        })
     }
 
     #[tokio::test(start_paused = true)]
@@ -217,9 +257,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_request_that_waits_gets_the_tunnel_that_comes() {
-        let (tunnels, home) = (Arc::new(Tunnels::default()), "home".parse::<ClientId>().expect("a client id"));
+        let (tunnels, home) = (
+            Arc::new(Tunnels::default()),
+            "home".parse::<ClientId>().expect("a client id"),
+        );
         let (waiting, table) = (home.clone(), tunnels.clone());
-        let waiter = tokio::spawn(async move { table.wait(&waiting, None, Duration::from_secs(5)).await.map(|t| t.id) });
+        let waiter =
+            tokio::spawn(async move { table.wait(&waiting, None, Duration::from_secs(5)).await.map(|t| t.id) });
         tokio::task::yield_now().await;
         let joined = tunnels.join(tunnel("home", InstanceId::new(), 0), 2).expect("room");
         assert_eq!(waiter.await.expect("no panic"), Some(joined.tunnel.id));
@@ -231,6 +275,9 @@ mod tests {
     fn the_limit_holds() {
         let tunnels = Arc::new(Tunnels::default());
         let _one = tunnels.join(tunnel("home", InstanceId::new(), 0), 1).expect("room");
-        assert_eq!(tunnels.join(tunnel("home", InstanceId::new(), 0), 1).err(), Some(TooMany));
+        assert_eq!(
+            tunnels.join(tunnel("home", InstanceId::new(), 0), 1).err(),
+            Some(TooMany)
+        );
     }
 }

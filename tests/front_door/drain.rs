@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use adit::relay::listener::Limits;
+use adit::relay::downstream::listener::Limits;
 use axum::body::Body;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 

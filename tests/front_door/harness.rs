@@ -13,10 +13,12 @@ use adit::{
     error::Cause,
     ids::RequestId,
     relay::{
-        caps::Caps,
+        downstream::{
+            caps::Caps,
+            handle::ConnHandle,
+            listener::{Limits, Listener},
+        },
         forward,
-        handle::ConnHandle,
-        listener::{Limits, Listener},
         strict::{self, Target},
     },
 };

@@ -2,7 +2,7 @@
 
 use std::{io::ErrorKind, time::Duration};
 
-use adit::relay::{downstream_io::Timeouts, listener::Limits};
+use adit::relay::downstream::{io::Timeouts, listener::Limits};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,

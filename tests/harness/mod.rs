@@ -95,7 +95,10 @@ impl TestRelay {
             run.await.expect("the relay runs");
         });
         let ready = within("the relay starts", ready_rx).await.expect("it is ready");
-        let admin_token = ready.new_admin_token.map(|token| token.expose().to_owned()).unwrap_or_default();
+        let admin_token = ready
+            .new_admin_token
+            .map(|token| token.expose().to_owned())
+            .unwrap_or_default();
         Self {
             address,
             admin: admin_address,
@@ -109,7 +112,11 @@ impl TestRelay {
 
     /// A new client; returns its access token.
     pub async fn client(&self, client_id: &str, auth: NewAuth) -> String {
-        let (_, token) = self.registry.create_client(&id(client_id), auth).await.expect("a new client");
+        let (_, token) = self
+            .registry
+            .create_client(&id(client_id), auth)
+            .await
+            .expect("a new client");
         token.expose().to_owned()
     }
 
@@ -126,9 +133,14 @@ impl TestRelay {
 
     /// `GET path` for a client.
     pub async fn get(&self, client_id: &str, path: &str) -> (u16, HeaderMap, Bytes) {
-        let request = Request::get(path).header("host", "relay").header("adit-client", client_id);
+        let request = Request::get(path)
+            .header("host", "relay")
+            .header("adit-client", client_id);
         let (head, body) = self.send(request.body(full("")).expect("a request")).await.into_parts();
-        let body = within("the body", body.collect()).await.expect("a whole body").to_bytes();
+        let body = within("the body", body.collect())
+            .await
+            .expect("a whole body")
+            .to_bytes();
         (head.status.as_u16(), head.headers, body)
     }
 }
@@ -140,16 +152,19 @@ pub fn id(client_id: &str) -> ClientId {
 /// One request on a connection of its own, with upgrades.
 pub async fn send(address: SocketAddr, request: Request<AnyBody>) -> Response<Incoming> {
     let stream = TcpStream::connect(address).await.expect("the relay listens");
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("a connection");
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .expect("a connection");
     tokio::spawn(connection.with_upgrades());
-    within("an answer", sender.send_request(request)).await.expect("an answer")
+    within("an answer", sender.send_request(request))
+        .await
+        .expect("an answer")
 }
 
 /// An agent, running.
 pub struct TestAgent {
     pub events: broadcast::Sender<Event>,
-    stop: Option<oneshot::Sender<()>>,
+    shutdown: Shutdown,
     task: AbortOnDropHandle<()>,
 }
 
@@ -167,21 +182,29 @@ impl TestAgent {
         change: impl FnOnce(&mut agent::Config),
     ) -> Self {
         let relay = format!("http://{relay}").parse().expect("a url");
-        let mut config =
-            agent::Config::new(relay, id(client_id), token.parse().expect("a token"), to.parse().expect("an upstream"));
+        let mut config = agent::Config::new(
+            relay,
+            id(client_id),
+            token.parse().expect("a token"),
+            to.parse().expect("an upstream"),
+        );
         change(&mut config);
         let connections = config.connections;
         let (events, mut heard) = broadcast::channel(4096);
-        let (stop, stopped) = oneshot::channel::<()>();
-        let tell = events.clone();
+        let (shutdown, tell) = (Shutdown::new(), events.clone());
+        let told = shutdown.clone();
         let task = tokio::spawn(async move {
             let agent = Agent::new(config).expect("a configuration");
-            agent.run(async { stopped.await.unwrap_or(()) }, move |event| drop(tell.send(event))).await;
+            agent.run(told, move |event| drop(tell.send(event))).await;
         });
         for _ in 0..connections {
             within("a tunnel", connected(&mut heard)).await;
         }
-        Self { events, stop: Some(stop), task: AbortOnDropHandle::new(task) }
+        Self {
+            events,
+            shutdown,
+            task: AbortOnDropHandle::new(task),
+        }
     }
 
     /// Waits for the next tunnel that comes up.
@@ -189,18 +212,16 @@ impl TestAgent {
         within("a tunnel comes back", connected(&mut self.events.subscribe())).await;
     }
 
-    /// Says goodbye.
-    pub async fn stop(mut self) {
-        drop(self.stop.take());
+    /// Finishes what is in flight, and says goodbye.
+    pub async fn stop(self) {
+        self.shutdown.begin_drain();
         within("the agent leaves", self.task).await.expect("no panic");
     }
 
     /// Ends like a killed process: no goodbye.
     pub async fn kill(self) {
-        let Self { task, stop, .. } = self;
-        task.abort();
-        let _ = within("the agent dies", task).await;
-        drop(stop);
+        self.task.abort();
+        let _ = within("the agent dies", self.task).await;
     }
 }
 
@@ -239,11 +260,17 @@ impl TestUpstream {
                         async move { Ok::<_, AnyError>(answer.await) }
                     });
                     let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-                    builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await.ok();
+                    builder
+                        .serve_connection_with_upgrades(TokioIo::new(stream), service)
+                        .await
+                        .ok();
                 });
             }
         });
-        Self { address, _task: AbortOnDropHandle::new(task) }
+        Self {
+            address,
+            _task: AbortOnDropHandle::new(task),
+        }
     }
 
     /// Answers with method, target, headers and body of the request, as text.
@@ -267,5 +294,7 @@ impl TestUpstream {
 
 /// Bytes that tell where they belong: any crossing or loss is seen.
 pub fn pattern(stream: u64, offset: u64, length: usize) -> Bytes {
-    (offset..offset + length as u64).map(|at| ((at ^ stream).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8).collect()
+    (offset..offset + length as u64)
+        .map(|at| ((at ^ stream).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8)
+        .collect()
 }

@@ -56,7 +56,11 @@ impl FaultProxy {
             cuts: AtomicU64::new(0),
         });
         let task = tokio::spawn(accept(listener, shared.clone()));
-        Self { address, shared, _task: tokio_util::task::AbortOnDropHandle::new(task) }
+        Self {
+            address,
+            shared,
+            _task: tokio_util::task::AbortOnDropHandle::new(task),
+        }
     }
 
     /// Resets every connection.
@@ -115,11 +119,15 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 fn reset(stream: &TcpStream) {
-    socket2::SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO)).ok();
+    socket2::SockRef::from(stream)
+        .set_linger(Some(std::time::Duration::ZERO))
+        .ok();
 }
 
 async fn forward(agent: TcpStream, shared: Arc<Shared>) {
-    let Ok(relay) = TcpStream::connect(shared.to).await else { return };
+    let Ok(relay) = TcpStream::connect(shared.to).await else {
+        return;
+    };
     agent.set_nodelay(true).ok();
     relay.set_nodelay(true).ok();
     let mut generation = shared.generation.subscribe();
@@ -157,7 +165,9 @@ where
     let mut buffer = vec![0; 64 * 1024];
     let mut weather = shared.weather.subscribe();
     loop {
-        let Ok(length) = from.read(&mut buffer).await else { return Ok(()) };
+        let Ok(length) = from.read(&mut buffer).await else {
+            return Ok(());
+        };
         if length == 0 {
             to.shutdown().await.ok();
             return Ok(());
@@ -165,7 +175,11 @@ where
         weather.wait_for(|weather| *weather == Weather::Fair).await.ok();
         let limit = shared.cut_after.load(Ordering::SeqCst);
         let before = carried.fetch_add(length as u64, Ordering::SeqCst);
-        let length = if limit == 0 { length } else { length.min(limit.saturating_sub(before) as usize) };
+        let length = if limit == 0 {
+            length
+        } else {
+            length.min(limit.saturating_sub(before) as usize)
+        };
         if to.write_all(&buffer[..length]).await.is_err() {
             return Ok(());
         }

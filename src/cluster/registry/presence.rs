@@ -1,11 +1,10 @@
 //! What this node writes about itself: its own row, its heartbeat, and the rows of its tunnels.
 //!
-//! The tunnels that the node holds are kept here, and one background future ([`Registry::run`]) makes the database
+//! What the node holds is in [`held`](super::held), and one background future ([`Registry::run`]) makes the database
 //! agree. While it is away nothing is queued: when it returns, its rows are compared with what is held, once. The same
-//! future removes the rows of nodes that died.
+//! future removes the rows of nodes that died, as [`peers`](super::peers) judges.
 
 use std::{
-    collections::{HashMap, HashSet},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -18,23 +17,19 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use super::Registry;
+use super::{Registry, held::Held, peers::Peers};
 use crate::{
     cluster::{
         now_ms,
         store::{ConnectionRow, NodeRow, StoreError},
     },
-    ids::{ClientId, NodeId, TunnelId},
+    ids::{NodeId, TunnelId},
 };
 
 /// One write a node, not one a tunnel; four may be lost before the node is taken for dead.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
-/// A node whose heartbeat has not moved for so long is dead.
-const NODE_DEAD_AFTER: Duration = Duration::from_secs(20);
+pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
 /// Signatures live for days: an expired one may lie about for an hour.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
-/// Rows a transaction: small enough that other writers of a SQLite file do not wait long.
-const BATCH: usize = 256;
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A clean stop does not wait longer than this for the database; what is left, the reaper of another node removes.
@@ -65,26 +60,6 @@ pub(super) struct Presence {
     draining: AtomicBool,
     held: Mutex<Held>,
     changed: Notify,
-}
-
-/// What the database shall say about this node's tunnels, and where it may not yet.
-#[derive(Default)]
-struct Held {
-    tunnels: HashMap<TunnelId, ConnectionRow>,
-    /// Tunnels whose row may differ from `tunnels`. Not kept while `reconcile` is due, which finds them all: so it
-    /// does not grow while the database is away.
-    unwritten: HashSet<TunnelId>,
-    /// When clients came or went, as far as the database has not heard.
-    seen: HashMap<ClientId, i64>,
-    /// A write failed, or our rows were reaped: compare all of them.
-    reconcile: bool,
-}
-
-/// One transaction's worth of differences.
-struct Batch {
-    put: Vec<ConnectionRow>,
-    remove: Vec<TunnelId>,
-    seen: Vec<(ClientId, i64)>,
 }
 
 impl Presence {
@@ -119,58 +94,6 @@ impl Presence {
     }
 }
 
-impl Held {
-    fn touch(&mut self, tunnel: TunnelId, client: &ClientId, now: i64) {
-        if !self.reconcile {
-            self.unwritten.insert(tunnel);
-        }
-        self.see(client.clone(), now);
-    }
-
-    fn see(&mut self, client: ClientId, at: i64) {
-        let seen = self.seen.entry(client).or_insert(at);
-        *seen = at.max(*seen);
-    }
-
-    /// `stored` is what the database had before this lock was taken: what changed since differs from it too.
-    fn reconcile_with(&mut self, stored: &HashSet<TunnelId>) {
-        self.reconcile = false;
-        self.unwritten
-            .extend(self.tunnels.keys().filter(|id| !stored.contains(id)));
-        self.unwritten
-            .extend(stored.iter().filter(|id| !self.tunnels.contains_key(id)));
-    }
-
-    fn take_batch(&mut self) -> Option<Batch> {
-        let mut batch = Batch {
-            put: Vec::new(),
-            remove: Vec::new(),
-            seen: Vec::new(),
-        };
-        let ids: Vec<TunnelId> = self.unwritten.iter().take(BATCH).copied().collect();
-        for id in ids {
-            self.unwritten.remove(&id);
-            match self.tunnels.get(&id) {
-                Some(row) => batch.put.push(row.clone()),
-                None => batch.remove.push(id),
-            }
-        }
-        let clients: Vec<ClientId> = self.seen.keys().take(BATCH).cloned().collect();
-        batch
-            .seen
-            .extend(clients.into_iter().filter_map(|client| self.seen.remove_entry(&client)));
-        (!batch.put.is_empty() || !batch.remove.is_empty() || !batch.seen.is_empty()).then_some(batch)
-    }
-
-    fn give_back(&mut self, batch: Batch) {
-        self.reconcile = true;
-        self.unwritten.clear();
-        for (client, at) in batch.seen {
-            self.see(client, at);
-        }
-    }
-}
-
 /// What [`Registry::run`] remembers from turn to turn.
 #[derive(Default)]
 pub struct Watch {
@@ -195,39 +118,6 @@ impl Watch {
     }
 }
 
-/// The other nodes' heartbeats and since when each has stood still **by this node's clock**: nodes' wall clocks may
-/// differ by minutes.
-#[derive(Default)]
-struct Peers {
-    beats: HashMap<NodeId, (i64, Instant)>,
-    looked: Option<Instant>,
-}
-
-impl Peers {
-    /// Takes in what the database says now, and names those who are dead with their last heartbeat.
-    fn look(&mut self, now: Instant, nodes: &[NodeRow]) -> Vec<(NodeId, i64)> {
-        // We looked away, because the database did, or because we were stopped: perhaps so were they.
-        if self.looked.is_some_and(|looked| now >= looked + 2 * HEARTBEAT_INTERVAL) {
-            self.beats.clear();
-        }
-        self.looked = Some(now);
-        let before = std::mem::take(&mut self.beats);
-        self.beats = nodes
-            .iter()
-            .map(|node| match before.get(&node.node_id) {
-                Some(&(beat, since)) if beat == node.heartbeat_at => (node.node_id, (beat, since)),
-                _ => (node.node_id, (node.heartbeat_at, now)),
-            })
-            .collect();
-        let dead = |since: Instant| now >= since + NODE_DEAD_AFTER;
-        self.beats
-            .iter()
-            .filter(|(_, (_, since))| dead(*since))
-            .map(|(node, (beat, _))| (*node, *beat))
-            .collect()
-    }
-}
-
 /// 100 ms, doubled up to 5 s, each pause somewhere in its upper half so that nodes do not return in step.
 #[derive(Default)]
 struct Backoff {
@@ -246,23 +136,16 @@ impl Registry {
     /// This node holds this tunnel now. Returns at once; [`Registry::run`] writes the row promptly, or when the
     /// database is back: until then the node serves the tunnel all the same.
     pub fn record(&self, row: ConnectionRow) {
-        let mut held = self.presence.held();
-        held.touch(row.tunnel_ws_id, &row.client_id, now_ms());
-        held.tunnels.insert(row.tunnel_ws_id, row);
-        drop(held);
+        self.presence.held().insert(row, now_ms());
         self.presence.changed.notify_one();
     }
 
     /// This node does not hold this tunnel any more. Nothing but this tunnel's row is ever removed for it, so a slow
     /// disconnect cannot erase the reconnect that overtook it.
     pub fn forget(&self, tunnel_ws_id: TunnelId) {
-        let mut held = self.presence.held();
-        let Some(row) = held.tunnels.remove(&tunnel_ws_id) else {
-            return;
-        };
-        held.touch(tunnel_ws_id, &row.client_id, now_ms());
-        drop(held);
-        self.presence.changed.notify_one();
+        if self.presence.held().remove(tunnel_ws_id, now_ms()) {
+            self.presence.changed.notify_one();
+        }
     }
 
     /// This node is leaving: the others shall not send agents here.
@@ -314,6 +197,14 @@ impl Registry {
     /// One turn of [`Registry::run`]: the heartbeat and the reaper if they are due, then whatever differs. Public so
     /// that a story can be told without waiting.
     pub async fn turn(&self, watch: &mut Watch, now: Instant) -> Result<(), StoreError> {
+        let done = self.try_turn(watch, now).await;
+        if done.is_err() {
+            self.presence.held().fall_behind();
+        }
+        done
+    }
+
+    async fn try_turn(&self, watch: &mut Watch, now: Instant) -> Result<(), StoreError> {
         let draining = self.presence.draining.load(Ordering::Acquire);
         if watch.beat_due(now, draining) {
             self.beat(watch, now, draining).await?;
@@ -333,7 +224,7 @@ impl Registry {
             self.store.put_node(&row).await?;
             if known {
                 tracing::warn!("another node took this one for dead: recording its tunnels again");
-                self.presence.held().reconcile = true;
+                self.presence.held().fall_behind();
             }
         }
         watch.beaten = Some((now, draining));
@@ -353,7 +244,7 @@ impl Registry {
 
     async fn write_differences(&self) -> Result<(), StoreError> {
         let node_id = self.node_id();
-        if self.presence.held().reconcile {
+        if self.presence.held().is_behind() {
             let stored = self.store.tunnels_of_node(node_id).await?;
             self.presence.held().reconcile_with(&stored.into_iter().collect());
         }
@@ -386,44 +277,6 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const BEAT: Duration = HEARTBEAT_INTERVAL;
-
-    fn node(node_id: NodeId, heartbeat_at: i64) -> NodeRow {
-        NodeRow {
-            node_id,
-            address: String::new(),
-            version: String::new(),
-            started_at: 0,
-            heartbeat_at,
-            draining: false,
-        }
-    }
-
-    #[test]
-    fn a_node_is_dead_when_its_heartbeat_stands_still_whatever_its_clock_says() {
-        let (mut peers, start) = (Peers::default(), Instant::now());
-        let (silent, lively) = (NodeId::new(), NodeId::new());
-        for turn in 0..4 {
-            let dead = peers.look(
-                start + BEAT * turn,
-                &[node(silent, -600_000), node(lively, i64::from(turn))],
-            );
-            assert_eq!(dead, [], "turn {turn}");
-        }
-        let dead = peers.look(start + BEAT * 4, &[node(silent, -600_000), node(lively, 4)]);
-        assert_eq!(dead, [(silent, -600_000)]);
-    }
-
-    #[test]
-    fn nobody_is_dead_for_what_happened_while_we_looked_away() {
-        let (mut peers, start) = (Peers::default(), Instant::now());
-        let peer = NodeId::new();
-        assert_eq!(peers.look(start, &[node(peer, 1)]), []);
-        let back = start + Duration::from_secs(60);
-        assert_eq!(peers.look(back, &[node(peer, 1)]), []);
-        assert_eq!(peers.look(back + BEAT, &[node(peer, 2)]), []);
-    }
 
     #[test]
     fn pauses_grow_to_five_seconds_and_no_further() {

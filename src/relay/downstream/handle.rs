@@ -1,6 +1,6 @@
 //! A service's hold on the connection under its request: the peer's address, interim responses, and cutting it.
 //!
-//! `Shared` is what the connection's task, its [`DownstreamIo`](super::downstream_io::DownstreamIo) and the handles have
+//! `Shared` is what the connection's task, its [`DownstreamIo`](super::io::DownstreamIo) and the handles have
 //! in common. Its flags are written by the connection's task only, except where a field says otherwise.
 
 use std::{
@@ -18,7 +18,7 @@ use futures_util::task::AtomicWaker;
 use http::{HeaderMap, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 
-use super::answer;
+use super::own_words;
 
 /// The most interim responses that wait to be written, in bytes; what does not fit is dropped: they are advice.
 const MAX_INTERIM: usize = 16 * 1024;
@@ -45,7 +45,9 @@ impl ConnHandle {
         if !sendable || self.version != Version::HTTP_11 {
             return false;
         }
-        let accepted = self.shared.queue_interim(self.call, &answer::interim(status, headers));
+        let accepted = self
+            .shared
+            .queue_interim(self.call, &own_words::interim(status, headers));
         if accepted {
             self.shared.task.wake();
         }

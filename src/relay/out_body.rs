@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{State, handle::ConnHandle};
+use super::{State, downstream::handle::ConnHandle};
 use crate::{
     error::Cause,
     exchange::{Exchange, body::Broken, ingress::AnswerBody},
@@ -35,7 +35,6 @@ impl OutBody {
     pub fn empty() -> Self {
         OutBody::Whole(Full::default(), None)
     }
-
 }
 
 impl From<Bytes> for OutBody {
@@ -53,7 +52,10 @@ impl Body for OutBody {
         let (frame, record) = match self.get_mut() {
             OutBody::Whole(body, record) => {
                 let frame = ready!(Pin::new(body).poll_frame(cx));
-                (frame.map(|frame| frame.map_err(|never| match never {})), record.as_mut())
+                (
+                    frame.map(|frame| frame.map_err(|never| match never {})),
+                    record.as_mut(),
+                )
             }
             OutBody::Streamed(body, record) => (ready!(Pin::new(&mut **body).poll_frame(cx)), record.as_mut()),
         };
@@ -188,8 +190,13 @@ pub fn outcome_of(code: Code) -> Outcome {
 impl Drop for Record {
     fn drop(&mut self) {
         self.state.metrics.from_upstream(self.bytes);
-        self.state.metrics.to_upstream(self.exchange.as_ref().map_or(0, |exchange| exchange.body_sent()));
-        self.in_flight.take().into_iter().for_each(|in_flight| in_flight.end(self.outcome));
+        self.state
+            .metrics
+            .to_upstream(self.exchange.as_ref().map_or(0, |exchange| exchange.body_sent()));
+        self.in_flight
+            .take()
+            .into_iter()
+            .for_each(|in_flight| in_flight.end(self.outcome));
         let duration_ms = self.started.elapsed().as_millis() as u64;
         tracing::event!(
             target: "adit::access",

@@ -1,4 +1,4 @@
-//! `downstream_io` over an in-memory stream, with paused time.
+//! `io` over an in-memory stream, with paused time.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -20,11 +20,11 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use super::{
-    answer,
     caps::Slot,
-    downstream_io::{DownstreamIo, Reset, Timeouts},
     handle::{Shared, Watched},
+    io::{DownstreamIo, Reset, Timeouts},
     opening::{self, Opening},
+    own_words,
 };
 use crate::error::Cause;
 
@@ -210,7 +210,7 @@ async fn refuse<T>(mut io: DownstreamIo<T>, why: &'static str)
 where
     T: AsyncRead + AsyncWrite + Reset + Unpin,
 {
-    let answer = answer::whole(&Cause::BadRequest(why));
+    let answer = own_words::whole(&Cause::BadRequest(why));
     // If it cannot be written, the peer has gone, and that was all there was to say.
     if io.write_all(&answer).await.is_ok() {
         let _ = io.shutdown().await;

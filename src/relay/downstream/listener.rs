@@ -15,7 +15,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 pub use super::connection::BoxError;
-use super::{caps::Caps, connection::Door, downstream_io::Timeouts};
+use super::{caps::Caps, connection::Door, io::Timeouts};
 
 /// What a listener allows.
 #[derive(Debug, Clone)]

@@ -18,7 +18,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{answer, caps::Slot, deadline::Deadline, handle::Shared};
+use super::{caps::Slot, deadline::Deadline, handle::Shared, own_words};
 
 /// After an early answer: how much of the request is read and thrown away before the socket is left alone.
 const LINGER_BYTES: usize = 1024 * 1024;
@@ -190,9 +190,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Reset> DownstreamIo<T> {
         ready!(self.poll_ours(cx))?;
         if self.shared.hypers_own_write()
             && self.http1
-            && let Some(cause) = answer::in_place_of(bufs)
+            && let Some(cause) = own_words::in_place_of(bufs)
         {
-            self.ours = answer::whole(&cause);
+            self.ours = own_words::whole(&cause);
             return Poll::Ready(Ok(bufs.iter().map(|buf| buf.len()).sum()));
         }
         let written = match bufs {
@@ -312,5 +312,5 @@ impl<T: Reset> Drop for DownstreamIo<T> {
 }
 
 #[cfg(test)]
-#[path = "downstream_io_tests.rs"]
+#[path = "io_tests.rs"]
 mod tests;

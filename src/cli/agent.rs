@@ -1,0 +1,180 @@
+//! `adit agent`: the tunnels of an `adit.toml`, and the arguments that every agent has.
+
+use std::{
+    io::Write,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::ensure;
+use clap::Args;
+use tokio::task::JoinSet;
+
+use super::{Given, file, parsed, set_some};
+use crate::{
+    agent::{self, Agent, Event},
+    config::{AgentConfig, AgentFile, RelayUrl, Secret, TunnelConfig, agent::EXAMPLE_TOML},
+    shutdown::Shutdown,
+};
+
+/// Run the agent of every `[[tunnel]]` in adit.toml
+///
+/// Reconnects for ever. SIGTERM or Ctrl-C lets exchanges finish, a second one does not.
+#[derive(Debug, Args)]
+#[command(after_long_help = format!("An adit.toml with every key:\n\n{EXAMPLE_TOML}"))]
+pub struct AgentArgs {
+    #[command(flatten)]
+    link: LinkArgs,
+}
+
+/// To which relay, and with what credential.
+#[derive(Debug, Args)]
+pub struct LinkArgs {
+    /// The relay's address, like https://tunnel.example.org [default: from the file]
+    #[arg(long, env = "ADIT_RELAY", value_name = "URL", value_parser = parsed::<RelayUrl>)]
+    relay: Option<Given<RelayUrl>>,
+    /// The client's access token; `adit client create` prints one [default: from the file]
+    #[arg(long, env = "ADIT_TOKEN", value_name = "TOKEN", hide_env_values = true, value_parser = parsed::<Secret>)]
+    token: Option<Given<Secret>>,
+    /// Tunnels held for each client, 1 to 8 [default: 2]
+    #[arg(long, env = "ADIT_CONNECTIONS", value_name = "COUNT", value_parser = parsed::<u8>)]
+    connections: Option<Given<u8>>,
+    /// The file with the rest [default: adit.toml, if it is there]
+    #[arg(long, env = "ADIT_CONFIG", value_name = "FILE", value_parser = parsed::<PathBuf>)]
+    config: Option<Given<PathBuf>>,
+}
+
+impl LinkArgs {
+    /// The file, under flags and environment.
+    pub(super) fn file(&self) -> anyhow::Result<AgentFile> {
+        let mut below = AgentFile::load(file(&self.config))?;
+        set_some(&mut below.relay, &self.relay);
+        set_some(&mut below.token, &self.token);
+        set_some(&mut below.connections, &self.connections);
+        Ok(below)
+    }
+}
+
+impl AgentArgs {
+    /// Flags and environment over the file over the defaults, complete and validated.
+    pub fn config(&self) -> anyhow::Result<AgentConfig> {
+        let file = self.link.file()?;
+        ensure!(
+            !file.tunnels.is_empty(),
+            "there is nothing to tunnel: write a `[[tunnel]]` with `client` and `to` in adit.toml (see `adit agent --help`), or run `adit http PORT`"
+        );
+        Ok(file.complete()?)
+    }
+}
+
+/// Runs an agent until it is told to end.
+pub(super) async fn run(config: AgentConfig, shutdown: Shutdown) -> anyhow::Result<()> {
+    let mut agents = JoinSet::new();
+    for tunnel in config.tunnels {
+        let printer = Printer::new(&tunnel);
+        let agent = Agent::new(agent::Config {
+            relay: config.relay.clone(),
+            client_id: tunnel.client,
+            token: tunnel.token,
+            upstream: tunnel.to,
+            host_header: tunnel.host_header,
+            insecure: tunnel.insecure,
+            connections: u32::from(config.connections),
+        })?;
+        agents.spawn(agent.run(shutdown.clone(), move |event| printer.print(event)));
+    }
+    while let Some(ended) = agents.join_next().await {
+        ended?;
+    }
+    Ok(())
+}
+
+/// Tells a person what an agent does: where it is reached, and one line a request.
+pub(super) struct Printer {
+    client: String,
+    to: String,
+    /// The URL that was printed last: it is the same for all tunnels.
+    url: Mutex<Option<String>>,
+}
+
+impl Printer {
+    pub(super) fn new(tunnel: &TunnelConfig) -> Self {
+        Self {
+            client: tunnel.client.to_string(),
+            to: tunnel.to.to_string(),
+            url: Mutex::default(),
+        }
+    }
+
+    /// Prints an event. A closed output does not stop the agent.
+    pub(super) fn print(&self, event: Event) {
+        match event {
+            Event::Connected {
+                slot,
+                node_id,
+                public_url,
+            } => self.connected(slot, &node_id.to_string(), public_url),
+            Event::Disconnected { slot, why, retry_in } => {
+                tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms = retry_in.as_millis() as u64, "no tunnel: {why}");
+            }
+            Event::Request {
+                method,
+                target,
+                status,
+                bytes,
+                duration,
+                broken,
+            } => {
+                let status = status.map_or_else(|| "---".to_owned(), |status| status.to_string());
+                let broken = broken.map(|code| format!("  broke off: {code:?}")).unwrap_or_default();
+                let line = format!(
+                    "{method} {target}  {status}  {bytes} B  {} ms{broken}",
+                    duration.as_millis()
+                );
+                let _ = writeln!(std::io::stdout(), "{}", line.replace(char::is_control, "?"));
+            }
+        }
+    }
+
+    fn connected(&self, slot: u32, node_id: &str, url: String) {
+        tracing::info!(client.id = %self.client, tunnel.slot = slot, node.id = node_id, "tunnel open");
+        let mut printed = self.url.lock().unwrap_or_else(PoisonError::into_inner);
+        if printed.as_ref() != Some(&url) {
+            let _ = writeln!(std::io::stdout(), "{url}  ->  {}", self.to);
+            *printed = Some(url);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::cli::{Cli, Plan};
+
+    #[test]
+    fn flags_win_over_the_file_except_over_a_tunnels_own_token() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let text = "relay = \"http://file\"\nconnections = 3\ntoken = \"file\"\nclient = \"a\"\n\
+                    [[tunnel]]\nto = 1\n[[tunnel]]\nclient = \"b\"\nto = 2\ntoken = \"own\"";
+        std::fs::write(file.path(), text).expect("written");
+        let path = file.path().to_str().expect("text");
+        let cli = Cli::try_parse_from(["adit", "agent", "--config", path, "--relay=http://flag", "--token=flag"]);
+        let (_, plan) = cli.expect("arguments").plan().expect("valid");
+        let Plan::Agent(config) = plan else { panic!("an agent") };
+        assert_eq!(
+            (config.relay.to_string().as_str(), config.connections),
+            ("http://flag", 3)
+        );
+        let tokens: Vec<_> = config.tunnels.iter().map(|tunnel| tunnel.token.expose()).collect();
+        assert_eq!(tokens, ["flag", "own"]);
+    }
+
+    #[test]
+    fn nothing_to_tunnel_is_said_so() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().to_str().expect("text");
+        let cli = Cli::try_parse_from(["adit", "agent", "--config", path]).expect("arguments");
+        assert!(cli.plan().expect_err("nothing").to_string().contains("adit http PORT"));
+    }
+}

@@ -1,0 +1,526 @@
+//! Stories of the registry and of who is let in: what operators, agents and downstreams see, also while the database
+//! is away or a node is dead.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use adit::{
+    cluster::{
+        now_ms,
+        registry::{ConnectionRow, NewAuth, Node, Registry, RegistryAway, RegistryEvent, Watch},
+        secret::Secret,
+        store::{NodeRow, Store},
+    },
+    error::Cause,
+    ids::{ClientId, InstanceId, NodeId, TokenId, TunnelId},
+    relay::auth::{Auth, Consumed},
+};
+use axum::response::IntoResponse;
+use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
+use http_body_util::BodyExt;
+use sqlx::sqlite::SqlitePool;
+use tempfile::TempDir;
+use tokio::{sync::oneshot, time::Instant};
+
+const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
+/// A database that nodes share, and that can be away.
+struct Database {
+    store: Store,
+    /// A way in beside the store, to break things.
+    raw: SqlitePool,
+    dir: TempDir,
+}
+
+impl Database {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let url = format!("sqlite:{}", dir.path().join("adit.db").display());
+        let store = Store::open(&url).await.expect("a store");
+        let raw = SqlitePool::connect(&url).await.expect("a way in");
+        Self { store, raw, dir }
+    }
+
+    fn node(&self) -> Arc<Registry> {
+        Arc::new(Registry::new(self.store.clone(), Node::new("127.0.0.1:9090")))
+    }
+
+    /// A node that asks the database every time, and so notices when it is away.
+    fn forgetful_node(&self) -> Arc<Registry> {
+        Arc::new(Registry::with_freshness(
+            self.store.clone(),
+            Node::new("127.0.0.1:9090"),
+            Duration::ZERO,
+        ))
+    }
+
+    async fn go_away(&self) {
+        for table in ["nodes", "connections", "clients"] {
+            self.run(format!("ALTER TABLE {table} RENAME TO away_{table}")).await;
+        }
+    }
+
+    async fn return_(&self) {
+        for table in ["nodes", "connections", "clients"] {
+            self.run(format!("ALTER TABLE away_{table} RENAME TO {table}")).await;
+        }
+    }
+
+    async fn run(&self, statement: String) {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
+            .execute(&self.raw)
+            .await
+            .expect("executed");
+    }
+
+    async fn tunnels(&self, client: &str) -> Vec<TunnelId> {
+        let holders = self.store.holders(&id(client)).await.expect("holders");
+        holders.into_iter().map(|holder| holder.tunnel.tunnel_ws_id).collect()
+    }
+}
+
+fn id(name: &str) -> ClientId {
+    name.parse().expect("a client id")
+}
+
+fn tunnel(client: &str) -> ConnectionRow {
+    ConnectionRow {
+        tunnel_ws_id: TunnelId::new(),
+        client_id: id(client),
+        dialect: "adit".into(),
+        instance_id: Some(InstanceId::new()),
+        slot: Some(1),
+        token_id: Some(TokenId::new()),
+        agent_version: Some("0.1.0".into()),
+        remote_addr: "192.0.2.1:1234".into(),
+        connected_at: now_ms(),
+    }
+}
+
+fn bearer(token: &str) -> HeaderMap {
+    let value = HeaderValue::try_from(format!("Bearer {token}")).expect("a header value");
+    HeaderMap::from_iter([(AUTHORIZATION, value)])
+}
+
+async fn body_without_id(cause: Cause) -> String {
+    let body = cause
+        .into_response()
+        .into_body()
+        .collect()
+        .await
+        .expect("a body")
+        .to_bytes();
+    let mut problem: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+    problem
+        .as_object_mut()
+        .expect("a problem")
+        .remove("request_id")
+        .expect("an id");
+    problem.to_string()
+}
+
+#[tokio::test]
+async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let mut events = registry.events();
+    let (first, secret) = registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    let (second, another) = registry.create_token(&id("home"), Some("nas")).await.expect("made");
+
+    assert_eq!(auth.agent(&id("home"), HERE, &bearer(secret.expose())).await, Ok(first));
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(another.expose())).await,
+        Ok(second)
+    );
+    registry.revoke_token(&id("home"), first).await.expect("revoked");
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Err(Cause::Unauthorized)
+    );
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(another.expose())).await,
+        Ok(second)
+    );
+    assert_eq!(
+        events.recv().await,
+        Ok(RegistryEvent::TokenRevoked {
+            client_id: id("home"),
+            token_id: first
+        })
+    );
+}
+
+#[tokio::test]
+async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let (_, secret) = registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    let signature = registry.create_signature(&id("home")).await.expect("signed");
+    let query = format!("signature={}", signature.expose());
+    let get = async || {
+        auth.authorize_downstream(&id("home"), HERE, &HeaderMap::new(), Some(&query))
+            .await
+    };
+    assert_eq!(get().await.expect("let in").1, Consumed::Signature);
+
+    let mut events = registry.events();
+    registry.delete_client(&id("home")).await.expect("deleted");
+    assert_eq!(
+        events.recv().await,
+        Ok(RegistryEvent::ClientDeleted { client_id: id("home") })
+    );
+    let nobody = auth
+        .authorize_downstream(&id("home"), HERE, &HeaderMap::new(), None)
+        .await;
+    assert_eq!(nobody.err(), Some(Cause::UnknownClient));
+
+    registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created again");
+    assert_eq!(get().await.err(), Some(Cause::Unauthorized));
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Err(Cause::Unauthorized)
+    );
+}
+
+#[tokio::test]
+async fn whatever_is_wrong_with_a_token_the_answer_is_the_same() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let (_, home) = registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    let (_, other) = registry
+        .create_client(&id("other"), NewAuth::Token)
+        .await
+        .expect("created");
+    let (unknown, wrong, truncated) = ("nobody", "adit_wrong", &home.expose()[..47]);
+
+    let mut bodies = Vec::new();
+    for (client, token) in [
+        (unknown, home.expose()),
+        ("home", wrong),
+        ("home", truncated),
+        ("home", other.expose()),
+        ("home", ""),
+    ] {
+        let agent = auth
+            .agent(&id(client), HERE, &bearer(token))
+            .await
+            .expect_err("refused");
+        let downstream = auth
+            .authorize_downstream(&id(client), HERE, &bearer(token), None)
+            .await
+            .expect_err("refused");
+        bodies.extend([body_without_id(agent).await, body_without_id(downstream).await]);
+    }
+    bodies.dedup();
+    assert_eq!(bodies.len(), 1, "{bodies:#?}");
+    assert!(!bodies[0].contains(wrong) && !bodies[0].contains("home"));
+}
+
+#[tokio::test]
+async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let (_, secret) = registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    for _ in 0..20 {
+        assert_eq!(
+            auth.agent(&id("home"), HERE, &bearer("guess")).await,
+            Err(Cause::Unauthorized)
+        );
+    }
+    let blocked = auth
+        .authorize_downstream(&id("home"), HERE, &bearer("guess"), None)
+        .await
+        .expect_err("refused");
+    assert_eq!(
+        blocked,
+        Cause::TooMany("too many failed attempts from this address", 60)
+    );
+    assert!(auth.agent(&id("home"), HERE, &bearer(secret.expose())).await.is_ok());
+    let elsewhere = "192.0.2.1".parse().expect("an address");
+    assert_eq!(
+        auth.agent(&id("home"), elsewhere, &bearer("guess")).await,
+        Err(Cause::Unauthorized)
+    );
+    // Showing nothing is not guessing.
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &HeaderMap::new()).await,
+        Err(Cause::Unauthorized)
+    );
+}
+
+#[tokio::test]
+async fn a_client_asks_its_downstreams_for_what_its_operator_chose() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let password = Secret::from("hunter2".to_owned());
+    let basic = NewAuth::Basic {
+        user: "ann".into(),
+        password,
+    };
+    registry.create_client(&id("home"), basic).await.expect("created");
+    let get = async |headers: &HeaderMap| {
+        auth.authorize_downstream(&id("home"), HERE, headers, None)
+            .await
+            .map(|(_, consumed)| consumed)
+    };
+    let basic = |value: &'static str| HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_static(value))]);
+
+    assert_eq!(get(&HeaderMap::new()).await, Err(Cause::UnauthorizedBasic));
+    assert_eq!(get(&basic("Basic YW5uOmh1bnRlcjI=")).await, Ok(Consumed::Authorization));
+    assert_eq!(
+        get(&basic("Basic YW5uOmh1bnRlcjM=")).await,
+        Err(Cause::UnauthorizedBasic)
+    );
+    assert_eq!(
+        get(&basic("Basic Ym9iOmh1bnRlcjI=")).await,
+        Err(Cause::UnauthorizedBasic)
+    );
+
+    let mut events = registry.events();
+    registry
+        .update_client(&id("home"), NewAuth::Public)
+        .await
+        .expect("changed");
+    assert_eq!(
+        events.recv().await,
+        Ok(RegistryEvent::ClientChanged { client_id: id("home") })
+    );
+    assert_eq!(get(&HeaderMap::new()).await, Ok(Consumed::Nothing));
+}
+
+#[tokio::test]
+async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it() {
+    let database = Database::start().await;
+    let (old, new) = (database.node(), database.node());
+    let (mut old_watch, mut new_watch) = (Watch::default(), Watch::default());
+    let (before, after) = (tunnel("home"), tunnel("home"));
+    old.record(before.clone());
+    old.turn(&mut old_watch, Instant::now()).await.expect("written");
+    new.record(after.clone());
+    new.turn(&mut new_watch, Instant::now()).await.expect("written");
+    assert_eq!(
+        database.tunnels("home").await,
+        [before.tunnel_ws_id, after.tunnel_ws_id]
+    );
+
+    old.forget(before.tunnel_ws_id);
+    old.turn(&mut old_watch, Instant::now()).await.expect("written");
+    old.forget(after.tunnel_ws_id);
+    old.turn(&mut old_watch, Instant::now())
+        .await
+        .expect("nothing to write");
+    let holders = database.store.holders(&id("home")).await.expect("holders");
+    assert_eq!(
+        (&holders[0].tunnel, holders[0].node_id, holders.len()),
+        (&after, new.node_id(), 1)
+    );
+}
+
+#[tokio::test]
+async fn a_dead_node_loses_its_tunnels_and_nobody_else_does() {
+    let database = Database::start().await;
+    let living = database.node();
+    living
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    let dead = NodeRow {
+        node_id: NodeId::new(),
+        address: "gone".into(),
+        version: "0".into(),
+        started_at: 1,
+        heartbeat_at: 2,
+        draining: false,
+    };
+    let (lost, kept) = (tunnel("home"), tunnel("home"));
+    database.store.put_node(&dead).await.expect("written");
+    database
+        .store
+        .write_connections(dead.node_id, &[lost], &[], &[])
+        .await
+        .expect("written");
+    living.record(kept.clone());
+
+    let (mut watch, start) = (Watch::default(), Instant::now());
+    for seconds in [0, 5, 10, 15] {
+        living
+            .turn(&mut watch, start + Duration::from_secs(seconds))
+            .await
+            .expect("a turn");
+        assert_eq!(database.tunnels("home").await.len(), 2, "after {seconds} s");
+    }
+    living
+        .turn(&mut watch, start + Duration::from_secs(20))
+        .await
+        .expect("a turn");
+    assert_eq!(database.tunnels("home").await, [kept.tunnel_ws_id]);
+    let nodes = database.store.nodes().await.expect("nodes");
+    assert_eq!(
+        nodes.iter().map(|node| node.node_id).collect::<Vec<_>>(),
+        [living.node_id()]
+    );
+}
+
+#[tokio::test]
+async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again() {
+    let database = Database::start().await;
+    let zombie = database.node();
+    let (mut watch, start) = (Watch::default(), Instant::now());
+    let (kept, left) = (tunnel("home"), tunnel("home"));
+    zombie.record(kept.clone());
+    zombie.record(left.clone());
+    zombie.turn(&mut watch, start).await.expect("written");
+    let row = database.store.nodes().await.expect("nodes").remove(0);
+    assert!(
+        database
+            .store
+            .reap_node(row.node_id, row.heartbeat_at)
+            .await
+            .expect("reaped")
+    );
+    assert_eq!(database.tunnels("home").await, []);
+
+    zombie.forget(left.tunnel_ws_id);
+    zombie
+        .turn(&mut watch, start + Duration::from_secs(30))
+        .await
+        .expect("back");
+    assert_eq!(database.tunnels("home").await, [kept.tunnel_ws_id]);
+}
+
+#[tokio::test]
+async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later() {
+    let database = Database::start().await;
+    let registry = database.forgetful_node();
+    let auth = Auth::new(registry.clone());
+    let (token_id, secret) = registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    let mut watch = Watch::default();
+    let (leaving, arriving, passing) = (tunnel("home"), tunnel("home"), tunnel("home"));
+    registry.record(leaving.clone());
+    registry.turn(&mut watch, Instant::now()).await.expect("written");
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Ok(token_id)
+    );
+
+    database.go_away().await;
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Ok(token_id)
+    );
+    assert_eq!(registry.client(&id("never-seen")).await, Err(RegistryAway));
+    registry.create_token(&id("home"), None).await.expect_err("away");
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Ok(token_id)
+    );
+    registry.forget(leaving.tunnel_ws_id);
+    registry.record(arriving.clone());
+    registry.record(passing.clone());
+    registry.turn(&mut watch, Instant::now()).await.expect_err("away");
+    registry.forget(passing.tunnel_ws_id);
+    registry.turn(&mut watch, Instant::now()).await.expect_err("still away");
+
+    database.return_().await;
+    registry.turn(&mut watch, Instant::now()).await.expect("back");
+    assert_eq!(database.tunnels("home").await, [arriving.tunnel_ws_id]);
+    let client = registry.client(&id("home")).await.expect("answered").expect("known");
+    assert!(client.last_seen_at_ms.is_some());
+}
+
+#[tokio::test]
+async fn a_revoked_token_stays_revoked_when_the_database_goes_away() {
+    let database = Database::start().await;
+    let registry = database.forgetful_node();
+    let auth = Auth::new(registry.clone());
+    let (token_id, secret) = registry
+        .create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created");
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Ok(token_id)
+    );
+    registry.revoke_token(&id("home"), token_id).await.expect("revoked");
+    database.go_away().await;
+    assert_eq!(
+        auth.agent(&id("home"), HERE, &bearer(secret.expose())).await,
+        Err(Cause::RegistryAway)
+    );
+}
+
+#[tokio::test]
+async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let (stop_tx, stop_rx) = oneshot::channel::<()>();
+    let running = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.run(async { drop(stop_rx.await) }).await }
+    });
+    let row = tunnel("home");
+    registry.record(row.clone());
+    let written = async { while database.tunnels("home").await != [row.tunnel_ws_id] {} };
+    tokio::time::timeout(Duration::from_secs(20), written)
+        .await
+        .expect("written");
+    registry.set_draining();
+    let draining = async { while !database.store.nodes().await.expect("nodes")[0].draining {} };
+    tokio::time::timeout(Duration::from_secs(20), draining)
+        .await
+        .expect("announced");
+
+    drop(stop_tx);
+    running.await.expect("ended");
+    assert_eq!(database.tunnels("home").await, []);
+    assert_eq!(database.store.nodes().await.expect("nodes"), []);
+}
+
+#[tokio::test]
+async fn nothing_that_is_stored_or_printed_holds_a_secret() {
+    let database = Database::start().await;
+    let registry = database.node();
+    let basic = NewAuth::Basic {
+        user: "ann".into(),
+        password: Secret::from("canary-password".to_owned()),
+    };
+    let printed = format!("{basic:?}");
+    let (_, secret) = registry.create_client(&id("home"), basic).await.expect("created");
+    let client = registry.client(&id("home")).await.expect("answered").expect("known");
+    let printed = format!("{printed} {client:?} {secret:?}");
+    database.store.close().await;
+    database.raw.close().await;
+    let mut stored = Vec::new();
+    for file in std::fs::read_dir(database.dir.path()).expect("files") {
+        stored.extend(std::fs::read(file.expect("a file").path()).expect("read"));
+    }
+    for canary in ["canary-password", secret.expose()] {
+        assert!(!printed.contains(canary), "{printed}");
+        assert!(
+            !stored.windows(canary.len()).any(|window| window == canary.as_bytes()),
+            "in the database's files"
+        );
+    }
+}
