@@ -129,6 +129,16 @@ impl Ingress {
             match head.status {
                 StatusCode::CONTINUE => break,
                 status if is_interim(status) => interim(head),
+                // It did not wait for the body, but may read it yet: only a refusal says that it will not.
+                status if !status.is_client_error() && !status.is_server_error() => {
+                    open.exchange.set_answer_within(None);
+                    return Ok(Answer {
+                        head,
+                        records,
+                        open,
+                        upload: Upload::start(pump).await?,
+                    });
+                }
                 _ => {
                     return Ok(Answer {
                         head,
