@@ -1,7 +1,10 @@
 //! The frames of all of an agent's tunnels: to the exchanges they belong to, and each new exchange to the upstream.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -65,6 +68,7 @@ pub(super) struct Host {
     links: Mutex<Vec<Arc<Path>>>,
     link_gone: Notify,
     tasks: TaskTracker,
+    leaving: AtomicBool,
     stop: CancellationToken,
 }
 
@@ -81,6 +85,7 @@ impl Host {
             links: Mutex::default(),
             link_gone: Notify::new(),
             tasks: TaskTracker::new(),
+            leaving: AtomicBool::new(false),
             stop: CancellationToken::new(),
         }
     }
@@ -143,8 +148,14 @@ impl Host {
         }
     }
 
+    /// Whether the agent is ending: no new tunnels.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
     /// Asks the relay for no more requests, and waits until those that are here are answered.
     pub async fn drain(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
         self.links()
             .iter()
             .for_each(|link| link.send(Frame::Drain(DRAIN_TIMEOUT.as_millis() as u32)));

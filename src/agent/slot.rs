@@ -34,7 +34,7 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
     let mut outage = Outage::default();
     // Tunnels that were told to leave, and live until the relay closes them.
     let mut leaving: Vec<AbortOnDropHandle<LinkEnd>> = Vec::new();
-    loop {
+    while !host.is_leaving() {
         leaving.retain(|link| !link.is_finished());
         let (why, pause) = match dialer.dial(slot).await {
             Ok(dialed) => {
@@ -60,6 +60,8 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
                 }
             }
             Err(error @ DialError::Unauthorized(..)) => (error.to_string(), jittered(REFUSED_PAUSE)),
+            // The old tunnel still serves: no hurry.
+            Err(error) if !leaving.is_empty() => (error.to_string(), outage.unhurried()),
             Err(error) => (error.to_string(), outage.pause()),
         };
         host.tell(Event::Disconnected {
@@ -68,6 +70,10 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
             retry_in: pause,
         });
         tokio::time::sleep(pause).await;
+    }
+    // What still runs over the old tunnels ends with them.
+    for link in leaving {
+        link.await.ok();
     }
 }
 
@@ -122,6 +128,12 @@ impl Default for Outage {
 }
 
 impl Outage {
+    fn unhurried(&mut self) -> Duration {
+        let pause = self.next.max(SHORT_PAUSE).min(LONG_PAUSE);
+        self.next = (pause * 2).min(LONG_PAUSE);
+        jittered(pause)
+    }
+
     fn pause(&mut self) -> Duration {
         let most = if self.since.elapsed() < YOUNG {
             SHORT_PAUSE
