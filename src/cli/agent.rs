@@ -3,7 +3,12 @@
 use std::{
     io::Write,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
 };
 
 use anyhow::ensure;
@@ -95,6 +100,7 @@ pub(super) struct Printer {
     to: String,
     /// The URL that was printed last: it is the same for all tunnels.
     url: Mutex<Option<String>>,
+    lines: Lines,
 }
 
 impl Printer {
@@ -103,10 +109,10 @@ impl Printer {
             client: tunnel.client.to_string(),
             to: tunnel.to.to_string(),
             url: Mutex::default(),
+            lines: Lines::start(),
         }
     }
 
-    /// Prints an event. A closed output does not stop the agent.
     pub(super) fn print(&self, event: Event) {
         match event {
             Event::Connected {
@@ -115,7 +121,8 @@ impl Printer {
                 public_url,
             } => self.connected(slot, &node_id.to_string(), public_url),
             Event::Disconnected { slot, why, retry_in } => {
-                tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms = retry_in.as_millis() as u64, "no tunnel: {why}");
+                let retry_ms = retry_in.as_millis() as u64;
+                tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms, "no tunnel: {why}");
             }
             Event::Request {
                 method,
@@ -131,7 +138,7 @@ impl Printer {
                     "{method} {target}  {status}  {bytes} B  {} ms{broken}",
                     duration.as_millis()
                 );
-                let _ = writeln!(std::io::stdout(), "{}", line.replace(char::is_control, "?"));
+                self.lines.print(line.replace(char::is_control, "?"));
             }
         }
     }
@@ -140,8 +147,66 @@ impl Printer {
         tracing::info!(client.id = %self.client, tunnel.slot = slot, node.id = node_id, "tunnel open");
         let mut printed = self.url.lock().unwrap_or_else(PoisonError::into_inner);
         if printed.as_ref() != Some(&url) {
-            let _ = writeln!(std::io::stdout(), "{url}  ->  {}", self.to);
+            self.lines.print(format!("{url}  ->  {}", self.to));
             *printed = Some(url);
+        }
+    }
+}
+
+/// Lines that wait to be printed; more are dropped, and counted: a slow terminal must not slow requests.
+const MAX_LINES: usize = 1024;
+
+/// Prints lines on standard output from a thread of its own, as many at once as there are.
+struct Lines {
+    lines_tx: Option<mpsc::SyncSender<String>>,
+    dropped: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Lines {
+    fn start() -> Self {
+        let (lines_tx, lines_rx) = mpsc::sync_channel(MAX_LINES);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let missed = dropped.clone();
+        let thread = std::thread::spawn(move || print_all(&lines_rx, &missed));
+        Self {
+            lines_tx: Some(lines_tx),
+            dropped,
+            thread: Some(thread),
+        }
+    }
+
+    fn print(&self, line: String) {
+        let sent = self.lines_tx.as_ref().map(|lines_tx| lines_tx.try_send(line));
+        if let Some(Err(mpsc::TrySendError::Full(_))) = sent {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A closed output does not stop the agent.
+fn print_all(lines_rx: &mpsc::Receiver<String>, dropped: &AtomicU64) {
+    while let Ok(first) = lines_rx.recv() {
+        let mut page = first;
+        page.push('\n');
+        for line in lines_rx.try_iter().take(MAX_LINES) {
+            page.push_str(&line);
+            page.push('\n');
+        }
+        let dropped = dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            page.push_str(&format!("({dropped} more requests)\n"));
+        }
+        let _ = std::io::stdout().write_all(page.as_bytes());
+        let _ = std::io::stdout().flush();
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        drop(self.lines_tx.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
