@@ -256,7 +256,7 @@ async fn request(table: Arc<Exchanges>, path: Arc<Path>, body: Bytes) -> Result<
     };
     let sent = (!body.is_empty()).then(|| Full::new(body.clone()));
     let answer = ingress
-        .call(&table, &path, &head, sent, |_| {})
+        .call(&table, &path, RequestId::new(), &head, sent, |_| {})
         .await
         .map_err(|failure| format!("{failure:?}"))?;
     let got = answer

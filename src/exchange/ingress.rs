@@ -12,9 +12,12 @@ use super::{
     path::Path,
     table::{Exchanges, Open},
 };
-use crate::wire::{
-    frame::Code,
-    head::{Record, RequestHead, ResponseHead},
+use crate::{
+    ids::RequestId,
+    wire::{
+        frame::Code,
+        head::{Record, RequestHead, ResponseHead},
+    },
 };
 
 /// How long a downstream that asked for `100 Continue` waits for the upstream's word on it, before its body is read
@@ -65,11 +68,12 @@ impl Answer {
 }
 
 impl Ingress {
-    /// Sends a request over `path` and waits for the head of its response. `interim` is called with each 1xx before it.
+    /// Sends a request over `path`, as the exchange `id`, and waits for the head of its response. `interim` is called with each 1xx before it.
     pub async fn call<B>(
         &self,
         table: &Arc<Exchanges>,
         path: &Arc<Path>,
+        id: RequestId,
         head: &RequestHead,
         body: Option<B>,
         mut interim: impl FnMut(ResponseHead),
@@ -77,7 +81,7 @@ impl Ingress {
     where
         B: Body<Data = Bytes> + Send + Unpin + 'static,
     {
-        let open = table.open(path);
+        let open = table.open(id, path);
         let exchange = &open.exchange;
         exchange.set_answer_within(Some(self.response_timeout));
         exchange.write([head.encode()]);

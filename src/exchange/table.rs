@@ -103,9 +103,8 @@ impl Exchanges {
         self.len() == 0
     }
 
-    /// A new exchange at the ingress, on `path`. The guard closes it: DONE when it is whole, else RESET.
-    pub fn open(self: &Arc<Self>, path: &Arc<Path>) -> Open {
-        let id = RequestId::new();
+    /// A new exchange at the ingress, on `path`, under an id that no other exchange has had. The guard closes it: DONE when it is whole, else RESET.
+    pub fn open(self: &Arc<Self>, id: RequestId, path: &Arc<Path>) -> Open {
         let exchange = Arc::new(Exchange::new(id, path.owner.clone(), Role::Ingress, self.clock));
         exchange.state().path = Some(path.hold());
         self.shard(id).insert(id, exchange.clone());

@@ -24,7 +24,7 @@ use crate::{
     cluster::registry::Client,
     error::Cause,
     exchange::ingress::{Answer, Failure, Ingress},
-    ids::ClientId,
+    ids::{ClientId, RequestId},
     telemetry::{self, AuthFailure},
     wire::{
         fields,
@@ -50,42 +50,43 @@ pub(super) struct Asked {
     pub repeatable: bool,
 }
 
+/// A request for a client, as it came.
+pub struct Arrival {
+    /// Whom it is for.
+    pub client_id: ClientId,
+    /// The name of the exchange that it becomes.
+    pub request_id: RequestId,
+    /// What it asks for.
+    pub target: Target,
+    /// Its head.
+    pub parts: Parts,
+    /// Its body.
+    pub body: Incoming,
+    /// The connection it came on.
+    pub connection: ConnHandle,
+}
+
 /// Answers a request for a client. Whatever becomes of it is counted and logged, once.
-pub async fn serve(
-    state: &Arc<State>,
-    client_id: ClientId,
-    target: Target,
-    parts: Parts,
-    body: Incoming,
-    connection: ConnHandle,
-) -> Result<Response<OutBody>, Cause> {
-    let mut record = Record::begin(state, &client_id, &parts.method, target.path());
-    match serve_recorded(state, client_id, target, parts, body, connection, &mut record).await {
-        Ok(response) => Ok(response),
-        Err(cause) => {
-            if let Some(record) = record {
-                record.fail(&cause);
-            }
-            Err(cause)
-        }
+pub async fn serve(state: &Arc<State>, arrival: Arrival) -> Result<Response<OutBody>, Cause> {
+    let mut record = Some(Record::begin(state, &arrival));
+    let answer = serve_recorded(state, arrival, &mut record).await;
+    if let (Err(cause), Some(record)) = (&answer, record) {
+        record.fail(cause);
     }
+    answer
 }
 
 async fn serve_recorded(
     state: &Arc<State>,
-    client_id: ClientId,
-    target: Target,
-    parts: Parts,
-    body: Incoming,
-    connection: ConnHandle,
+    arrival: Arrival,
     record: &mut Option<Record>,
 ) -> Result<Response<OutBody>, Cause> {
-    let mut asked = ask(state, client_id, &target, parts, connection, body.is_end_stream()).await?;
-    let mut body = (!asked.head.flags.empty && !asked.head.flags.upgrade).then_some(body);
+    let mut request_id = arrival.request_id;
+    let (mut asked, mut body) = ask(state, arrival).await?;
     let mut not = None;
     loop {
         let tunnel = router::route(&state.tunnels, &asked.client, not.as_ref(), state.parking()).await?;
-        let failed = match call(state, &asked, &tunnel, body.take()).await {
+        let failed = match call(state, &asked, &tunnel, request_id, body.take()).await {
             Ok(answer) => match respond::respond(state, &mut asked, answer, record).await {
                 Ok(response) => return Ok(response),
                 Err(failed) => failed,
@@ -96,19 +97,21 @@ async fn serve_recorded(
             return Err(failed.cause());
         }
         asked.repeatable = false;
+        request_id = RequestId::new(); // an agent answers each name once
         not = failed.left_for_good().then(|| tunnel.path.owner.clone());
     }
 }
 
 /// Lets the request in, and makes of it what goes to the upstream.
-async fn ask(
-    state: &State,
-    client_id: ClientId,
-    target: &Target,
-    mut parts: Parts,
-    connection: ConnHandle,
-    no_body: bool,
-) -> Result<Asked, Cause> {
+async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>), Cause> {
+    let Arrival {
+        client_id,
+        target,
+        mut parts,
+        body,
+        connection,
+        ..
+    } = arrival;
     let trusted = &state.config.trusted_proxies;
     let hop = Hop {
         peer: connection.peer().ip(),
@@ -123,16 +126,16 @@ async fn ask(
         .await;
     let (client, consumed) =
         authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
-    let buffered = wants_it_whole(&parts, target);
-    let path_and_query = strip_credentials(consumed, &mut parts, target);
-    forward::to_upstream(&mut parts.headers, target, &hop);
+    let buffered = wants_it_whole(&parts, &target);
+    let path_and_query = strip_credentials(consumed, &mut parts, &target);
+    forward::to_upstream(&mut parts.headers, &target, &hop);
     telemetry::continue_trace(&mut parts.headers);
     let flags = RequestFlags {
-        empty: no_body && !target.websocket,
+        empty: body.is_end_stream() && !target.websocket,
         upgrade: target.websocket,
     };
     let repeatable = flags.empty && is_idempotent(&parts.method);
-    Ok(Asked {
+    let asked = Asked {
         client,
         head: RequestHead {
             method: parts.method,
@@ -144,7 +147,9 @@ async fn ask(
         on_upgrade: parts.extensions.remove::<OnUpgrade>().filter(|_| target.websocket),
         buffered,
         repeatable,
-    })
+    };
+    let body = (!flags.empty && !flags.upgrade).then_some(body);
+    Ok((asked, body))
 }
 
 fn wants_it_whole(parts: &Parts, target: &Target) -> bool {
@@ -176,7 +181,13 @@ fn is_idempotent(method: &Method) -> bool {
 }
 
 /// Sends it over a tunnel, and waits for the head of the answer.
-async fn call(state: &State, asked: &Asked, tunnel: &Tunnel, body: Option<Incoming>) -> Result<Answer, Failure> {
+async fn call(
+    state: &State,
+    asked: &Asked,
+    tunnel: &Tunnel,
+    request_id: RequestId,
+    body: Option<Incoming>,
+) -> Result<Answer, Failure> {
     let ingress = Ingress {
         response_timeout: state.config.http.response_timeout,
         body_idle: state.config.http.body_idle_timeout,
@@ -188,6 +199,6 @@ async fn call(state: &State, asked: &Asked, tunnel: &Tunnel, body: Option<Incomi
         }
     };
     ingress
-        .call(&state.exchanges, &tunnel.path, &asked.head, body, interim)
+        .call(&state.exchanges, &tunnel.path, request_id, &asked.head, body, interim)
         .await
 }

@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{State, downstream::handle::ConnHandle};
+use super::{State, downstream::handle::ConnHandle, ingress::Arrival};
 use crate::{
     error::Cause,
     exchange::{Exchange, body::Broken, ingress::AnswerBody},
@@ -114,15 +114,15 @@ pub struct Record {
 
 impl Record {
     /// A request has come.
-    pub fn begin(state: &Arc<State>, client_id: &ClientId, method: &Method, path: &str) -> Option<Self> {
-        Some(Self {
+    pub fn begin(state: &Arc<State>, arrival: &Arrival) -> Self {
+        Self {
             state: state.clone(),
             connection: None,
             exchange: None,
-            client_id: client_id.clone(),
-            request_id: RequestId::new(),
-            method: method.clone(),
-            path: path.into(),
+            client_id: arrival.client_id.clone(),
+            request_id: arrival.request_id,
+            method: arrival.parts.method.clone(),
+            path: arrival.target.path().into(),
             status: 0,
             started: Instant::now(),
             bytes: 0,
@@ -130,7 +130,7 @@ impl Record {
             in_flight: Some(state.metrics.exchange()),
             outcome: Outcome::DownstreamLeft,
             budget: None,
-        })
+        }
     }
 
     /// It is answered with this; a `declared` body is whole at that many bytes.

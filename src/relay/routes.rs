@@ -12,7 +12,7 @@ use super::{
     client_of::{Addressed, client_of},
     downstream::handle::ConnHandle,
     forwarded::Hop,
-    ingress,
+    ingress::{self, Arrival},
     out_body::OutBody,
     strict::{self, Target},
 };
@@ -24,28 +24,44 @@ use crate::{
 
 /// Answers one request. Never fails: an error is an answer too.
 pub async fn handle(state: Arc<State>, request: Request<Incoming>) -> Result<Response<OutBody>, Infallible> {
-    let answer = dispatch(&state, request).await;
-    Ok(answer.unwrap_or_else(|cause| cause.respond(RequestId::new())))
+    let request_id = RequestId::new();
+    let answer = dispatch(&state, request_id, request).await;
+    Ok(answer.unwrap_or_else(|cause| cause.respond(request_id)))
 }
 
-async fn dispatch(state: &Arc<State>, request: Request<Incoming>) -> Result<Response<OutBody>, Cause> {
+async fn dispatch(
+    state: &Arc<State>,
+    request_id: RequestId,
+    request: Request<Incoming>,
+) -> Result<Response<OutBody>, Cause> {
     let (mut parts, body) = request.into_parts();
     let connection = parts.extensions.remove::<ConnHandle>().ok_or(Cause::Internal)?;
     let target = strict::check(&parts, &state.limits)?;
-    match client_of(
-        &target,
-        &parts.headers,
-        state.config.domain.as_ref().map(Domain::as_str),
-    )? {
+    let domain = state.config.domain.as_ref().map(Domain::as_str);
+    let (client_id, apex) = match client_of(&target, &parts.headers, domain)? {
         // On a client's own host every path is the client's.
-        Addressed::ClientHost(client_id) => ingress::serve(state, client_id, target, parts, body, connection).await,
-        Addressed::Apex(client_id) => match (target.path(), client_id) {
-            ("/ws", client_id) => tunnel(state, client_id, &target, parts, &connection).await,
-            ("/health", None) => Ok(json(&parts.method, &health())),
-            ("/auth/signature-token", Some(client_id)) => signature(state, client_id, &parts, &connection).await,
-            (_, Some(client_id)) => ingress::serve(state, client_id, target, parts, body, connection).await,
-            (_, None) => Err(Cause::NoClient),
-        },
+        Addressed::ClientHost(client_id) => (Some(client_id), false),
+        Addressed::Apex(client_id) => (client_id, true),
+    };
+    match (target.path(), client_id) {
+        ("/ws", client_id) if apex => tunnel(state, client_id, &target, parts, &connection).await,
+        ("/health", None) if apex => Ok(json(&parts.method, &health())),
+        ("/auth/signature-token", Some(client_id)) if apex => signature(state, client_id, &parts, &connection).await,
+        (_, Some(client_id)) => {
+            ingress::serve(
+                state,
+                Arrival {
+                    client_id,
+                    request_id,
+                    target,
+                    parts,
+                    body,
+                    connection,
+                },
+            )
+            .await
+        }
+        (_, None) => Err(Cause::NoClient),
     }
 }
 
