@@ -11,7 +11,6 @@
 //! out by the path's carrier; readers and writers are woken.
 
 use std::{
-    collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -114,19 +113,21 @@ struct State {
     watcher: Option<Waker>,
 }
 
-/// Wakers to call once the lock is released.
+/// Wakers to call once the lock is released: at most the reader, the writer and the watcher.
 #[derive(Default)]
-struct Wakes(VecDeque<Waker>);
+struct Wakes([Option<Waker>; 3]);
 
 impl Wakes {
     fn add(&mut self, waker: &mut Option<Waker>) {
-        self.0.extend(waker.take());
+        if let Some(place) = self.0.iter_mut().find(|place| place.is_none()) {
+            *place = waker.take();
+        }
     }
 }
 
 impl Drop for Wakes {
     fn drop(&mut self) {
-        self.0.drain(..).for_each(Waker::wake);
+        self.0.iter_mut().filter_map(Option::take).for_each(Waker::wake);
     }
 }
 

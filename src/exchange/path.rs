@@ -54,11 +54,12 @@ pub struct Path {
     heard_ms: AtomicU64,
     in_flight: AtomicUsize,
     leaving: AtomicBool,
+    /// Written under the queue's lock, so that nothing is pushed behind it.
+    closed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    closed: bool,
     frames: VecDeque<Frame>,
     urgent: VecDeque<Arc<Exchange>>,
     turns: VecDeque<Arc<Exchange>>,
@@ -85,6 +86,7 @@ impl Path {
             heard_ms: AtomicU64::new(clock.now().as_millis() as u64),
             in_flight: AtomicUsize::new(0),
             leaving: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         })
     }
 
@@ -134,13 +136,13 @@ impl Path {
 
     /// Whether it was closed: nothing goes out any more.
     pub fn is_closed(&self) -> bool {
-        self.queue().closed
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Sends what the queue holds of connection frames, then nothing more.
     pub fn close(&self) {
         let mut queue = self.queue();
-        queue.closed = true;
+        self.closed.store(true, Ordering::Release);
         queue.urgent.clear();
         queue.turns.clear();
         queue.done.clear();
@@ -163,7 +165,7 @@ impl Path {
     /// Puts a frame before all data. When too many wait it is dropped: frames that come here are repeated on demand.
     pub fn send(&self, frame: Frame) {
         let mut queue = self.queue();
-        if queue.closed || queue.frames.len() >= MAX_FRAMES || queue.frames.back() == Some(&frame) {
+        if self.is_closed() || queue.frames.len() >= MAX_FRAMES || queue.frames.back() == Some(&frame) {
             return;
         }
         queue.frames.push_back(frame);
@@ -175,7 +177,7 @@ impl Path {
     /// waits, so that somebody has to call [`flush_done`](Self::flush_done) in case no message comes.
     pub fn done(&self, id: RequestId) -> bool {
         let mut queue = self.queue();
-        if queue.closed {
+        if self.is_closed() {
             return false;
         }
         queue.done.push(id);
@@ -206,7 +208,7 @@ impl Path {
 
     fn push(&self, put: impl FnOnce(&mut Queue)) {
         let mut queue = self.queue();
-        if queue.closed {
+        if self.is_closed() {
             return;
         }
         put(&mut queue);

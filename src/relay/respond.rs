@@ -83,7 +83,7 @@ impl Failed {
 pub(super) async fn respond(
     state: &Arc<State>,
     asked: &mut Asked,
-    answer: Answer,
+    mut answer: Answer,
     record: &mut Option<Record>,
 ) -> Result<Response<OutBody>, Failed> {
     let exchange = answer.open.exchange.clone();
@@ -92,7 +92,7 @@ pub(super) async fn respond(
     if status == StatusCode::SWITCHING_PROTOCOLS {
         return upgrade(state, asked, answer, record).map_err(Failed::Answer);
     }
-    let mut headers = answer.head.headers.clone();
+    let mut headers = std::mem::take(&mut answer.head.headers);
     forward::to_downstream(&mut headers, status).map_err(Failed::Answer)?;
     let length = headers
         .get(header::CONTENT_LENGTH)
