@@ -28,6 +28,7 @@ use crate::{
     telemetry::{self, AuthFailure},
     wire::{
         fields,
+        frame::Code,
         head::{RequestFlags, RequestHead},
     },
 };
@@ -86,7 +87,11 @@ async fn serve_recorded(
     let mut not = None;
     loop {
         let tunnel = router::route(&state.tunnels, &asked.client, not.as_ref(), state.parking()).await?;
-        let failed = match call(state, &asked, &tunnel, request_id, body.take()).await {
+        let called = tokio::select! {
+            called = call(state, &asked, &tunnel, request_id, body.take()) => called,
+            () = router::deserted(&state.tunnels, &tunnel.path), if asked.repeatable => Err(Failure::Reset(Code::PathLost)),
+        };
+        let failed = match called {
             Ok(answer) => match respond::respond(state, &mut asked, answer, record).await {
                 Ok(response) => return Ok(response),
                 Err(failed) => failed,

@@ -3,11 +3,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::time::Instant;
+
 use super::tunnels::{Tunnel, Tunnels};
 use crate::{
     cluster::{now_ms, registry::Client},
     error::Cause,
-    exchange::path::Owner,
+    exchange::path::{Owner, Path},
 };
 
 /// How long requests wait for a tunnel, and for whom.
@@ -42,4 +44,29 @@ pub async fn route(
 fn seen_lately(client: &Client, memory: Duration) -> bool {
     let since = client.last_seen_at_ms.map(|at| now_ms().saturating_sub(at));
     since.is_some_and(|since| since < memory.as_millis() as i64)
+}
+
+/// An agent without a tunnel for this long is given up for a request that another agent could answer as well.
+const DESERTED_AFTER: Duration = Duration::from_secs(2);
+/// How often that is looked at, once its tunnel is lost.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Waits until the agent at the end of `path` has lost its tunnels and not come back, while another agent of the client
+/// is here: a killed agent that was started again is another.
+pub async fn deserted(tunnels: &Tunnels, path: &Arc<Path>) {
+    let mut path = path.clone();
+    loop {
+        path.closed().await;
+        let lost_at = Instant::now();
+        path = loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            if let Some(back) = tunnels.other_path(&path.owner, Some(&path)) {
+                break back;
+            }
+            let another = || tunnels.pick(&path.owner.client_id, Some(&path.owner));
+            if lost_at.elapsed() >= DESERTED_AFTER && another().is_some() {
+                return;
+            }
+        };
+    }
 }
