@@ -25,8 +25,8 @@ use crate::{
     wire::{fields, frame::Frame},
 };
 
-/// How long the agent's end keeps an exchange without a path. The relay gives up first, at its `resume_timeout`.
-const RESUME_TIMEOUT: Duration = Duration::from_secs(45);
+/// How much longer than the relay the agent keeps an exchange without a path: the relay gives up first, and says so.
+const RESUME_GRACE: Duration = Duration::from_secs(15);
 /// Exchanges on one tunnel; more are refused, and the relay tries elsewhere.
 const MAX_EXCHANGES: usize = 16 * 1024;
 /// What is in flight when the agent is told to end gets this long.
@@ -79,7 +79,7 @@ impl Host {
                 client_id: client_id.clone(),
                 instance_id: InstanceId::new(),
             },
-            exchanges: Exchanges::new(Clock::default(), RESUME_TIMEOUT),
+            exchanges: Exchanges::new(Clock::default(), RESUME_GRACE),
             caller,
             listener,
             links: Mutex::default(),
@@ -103,7 +103,8 @@ impl Host {
     }
 
     /// A tunnel is up: exchanges that wait for one go on over it.
-    pub fn link_up(self: &Arc<Self>) -> (Arc<Path>, LinkTaker, ToldWatch) {
+    pub fn link_up(self: &Arc<Self>, relay_waits: Duration) -> (Arc<Path>, LinkTaker, ToldWatch) {
+        self.exchanges.set_resume_timeout(relay_waits + RESUME_GRACE);
         let path = Path::new(self.owner.clone(), self.exchanges.clock());
         self.links().push(path.clone());
         let resumed = self.exchanges.path_found(&path);

@@ -93,7 +93,7 @@ fn start(host: &Arc<Host>, dialed: Dialed, slot: u32) -> Link {
         interval: Duration::from_millis(hello.ping_interval_ms.clamp(1000, 60_000)),
         timeout: Duration::from_millis(hello.ping_timeout_ms.clamp(1000, 60_000)),
     };
-    let (path, taker, told) = host.link_up();
+    let (path, taker, told) = host.link_up(Duration::from_millis(hello.resume_timeout_ms));
     host.tell(Event::Connected {
         slot,
         node_id: hello.node_id,

@@ -3,7 +3,10 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,11 +26,14 @@ const SHARDS: usize = 16;
 /// Ids of finished exchanges that are remembered, at least; twice that at most (4 MiB).
 const REMEMBERED: usize = 64 * 1024;
 
+/// What is over is remembered at least this long: longer than any frame travels.
+const TURN_EVERY: Duration = Duration::from_secs(30);
+
 /// The exchanges of one process.
 #[derive(Debug)]
 pub struct Exchanges {
     clock: Clock,
-    resume_timeout: Duration,
+    resume_timeout_ms: AtomicU64,
     /// Each guards a part of the map; held for a look-up.
     shards: [Mutex<HashMap<RequestId, Arc<Exchange>>>; SHARDS],
     /// Paths on which finished exchanges wait to be reported.
@@ -67,11 +73,21 @@ impl Exchanges {
     pub fn new(clock: Clock, resume_timeout: Duration) -> Self {
         Self {
             clock,
-            resume_timeout,
+            resume_timeout_ms: AtomicU64::new(resume_timeout.as_millis() as u64),
             shards: Default::default(),
             done_on: Mutex::default(),
             over: Mutex::default(),
         }
+    }
+
+    fn resume_timeout(&self) -> Duration {
+        Duration::from_millis(self.resume_timeout_ms.load(Ordering::Relaxed))
+    }
+
+    /// At the host: the relay says how long it waits for a lost tunnel.
+    pub fn set_resume_timeout(&self, timeout: Duration) {
+        self.resume_timeout_ms
+            .store(timeout.as_millis() as u64, Ordering::Relaxed);
     }
 
     /// The clock of this process.
@@ -181,7 +197,7 @@ impl Exchanges {
         let flush = std::mem::take(&mut *self.done_on.lock().unwrap_or_else(PoisonError::into_inner));
         flush.iter().for_each(|path| path.flush_done());
         let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.saturating_sub(over.turned_at) >= self.resume_timeout {
+        if now.saturating_sub(over.turned_at) >= self.resume_timeout().max(TURN_EVERY) {
             over.turn(now);
         }
         drop(over);
@@ -197,7 +213,7 @@ impl Exchanges {
         now: Duration,
         other: &impl Fn(&Owner, Option<&Arc<Path>>) -> Option<Arc<Path>>,
     ) -> bool {
-        let wants = exchange.on_tick(now, self.resume_timeout);
+        let wants = exchange.on_tick(now, self.resume_timeout());
         if exchange.role == Role::Host && exchange.ended().is_some() {
             self.remove(exchange);
         }
