@@ -8,6 +8,7 @@ pub mod error;
 pub mod exchange;
 pub mod ids;
 pub mod relay;
+pub mod secret;
 pub mod shutdown;
 pub mod telemetry;
 pub mod wire;

@@ -13,8 +13,9 @@ use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
 
 use super::{AgentError, Config};
 use crate::{
-    config::{RelayUrl, Secret},
+    config::RelayUrl,
     ids::{ClientId, InstanceId},
+    secret::Secret,
     wire::{
         frame::{Frame, SUBPROTOCOL},
         hello::{self, AgentHello, RelayHello},

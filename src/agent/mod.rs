@@ -27,8 +27,9 @@ mod upstream;
 pub use dial::DialError;
 
 use crate::{
-    config::{HostHeader, RelayUrl, Secret, UpstreamUrl},
+    config::{HostHeader, RelayUrl, UpstreamUrl},
     ids::{ClientId, NodeId},
+    secret::Secret,
     shutdown::Shutdown,
 };
 

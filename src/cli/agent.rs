@@ -13,7 +13,8 @@ use tokio::task::JoinSet;
 use super::{Given, file, parsed, set_some};
 use crate::{
     agent::{self, Agent, Event},
-    config::{AgentConfig, AgentFile, RelayUrl, Secret, TunnelConfig, agent::EXAMPLE_TOML},
+    config::{AgentConfig, AgentFile, RelayUrl, TunnelConfig, agent::EXAMPLE_TOML},
+    secret::Secret,
     shutdown::Shutdown,
 };
 

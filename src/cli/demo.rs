@@ -12,8 +12,9 @@ use super::{agent, sample, serve::bind};
 
 use crate::{
     cluster::registry::NewAuth,
-    config::{AgentConfig, HostHeader, RelayConfig, Secret, TunnelConfig, UpstreamUrl, relay::reachable},
+    config::{AgentConfig, HostHeader, RelayConfig, TunnelConfig, UpstreamUrl, relay::reachable},
     relay::{Listeners, Ready, Relay},
+    secret::Secret,
     shutdown::Shutdown,
 };
 
@@ -75,7 +76,7 @@ async fn tunnel(ready: &Ready, relay: SocketAddr, to: Option<UpstreamUrl>, shutd
     )?;
     let tunnel = TunnelConfig {
         client: CLIENT.parse()?,
-        token: token.expose().parse()?,
+        token,
         to,
         host_header: HostHeader::Keep,
         insecure: false,

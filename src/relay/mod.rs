@@ -36,12 +36,12 @@ pub mod tunnels;
 use crate::{
     cluster::{
         registry::{Node, Registry},
-        secret::Secret,
         store::Store,
     },
     config::RelayConfig,
     error::Cause,
     exchange::{Clock, table::Exchanges},
+    secret::Secret,
     shutdown::Shutdown,
     telemetry::{AuthFailure, Metrics},
 };
