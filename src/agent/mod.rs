@@ -27,14 +27,14 @@ mod upstream;
 pub use dial::DialError;
 
 use crate::{
-    config::{HostHeader, RelayUrl, UpstreamUrl},
+    config::{self, HostHeader, RelayUrl, UpstreamUrl},
     ids::{ClientId, NodeId},
     secret::Secret,
     shutdown::Shutdown,
 };
 
 /// Tunnels an agent may hold: a few, on as many nodes, are enough (Teleport RFD 69 tells of the others).
-pub const MAX_CONNECTIONS: u32 = 8;
+pub const MAX_CONNECTIONS: u32 = config::agent::MAX_CONNECTIONS as u32;
 
 /// What an agent needs to know.
 #[derive(Clone)]
@@ -65,7 +65,7 @@ impl Config {
             upstream,
             host_header: HostHeader::Keep,
             insecure: false,
-            connections: 2,
+            connections: u32::from(config::agent::DEFAULT_CONNECTIONS),
         }
     }
 }

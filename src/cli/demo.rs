@@ -12,7 +12,9 @@ use super::{agent, sample, serve::bind};
 
 use crate::{
     cluster::registry::NewAuth,
-    config::{AgentConfig, HostHeader, RelayConfig, TunnelConfig, UpstreamUrl, relay::reachable},
+    config::{
+        AgentConfig, HostHeader, RelayConfig, TunnelConfig, UpstreamUrl, agent::DEFAULT_CONNECTIONS, relay::reachable,
+    },
     relay::{Listeners, Ready, Relay},
     secret::Secret,
     shutdown::Shutdown,
@@ -90,7 +92,7 @@ async fn tunnel(ready: &Ready, relay: SocketAddr, to: Option<UpstreamUrl>, shutd
     );
     let config = AgentConfig {
         relay: format!("http://{relay}").parse()?,
-        connections: 2,
+        connections: DEFAULT_CONNECTIONS,
         tunnels: vec![tunnel],
     };
     tokio::select! {
