@@ -1,13 +1,27 @@
 //! The agent: dials out from next to the upstream, holds tunnels to relay nodes, and calls the upstream for what comes
 //! through them. `adit http` is this and a printer of [`Event`]s; a Rust program can embed it the same way:
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! use adit::agent::{Agent, Config};
+//! ```
+//! # #[tokio::main]
+//! # async fn main() -> anyhow::Result<()> {
+//! use adit::{agent::{Agent, Config, Event}, shutdown::Shutdown};
 //!
-//! let relay = "https://relay.example.org".parse()?;
-//! let agent = Agent::new(Config::new(relay, "home".parse()?, "adit_…".parse()?, "3000".parse()?))?;
-//! agent.run(adit::shutdown::signals()?, |event| println!("{event:?}")).await;
+//! // No relay listens there: the agent says so, and goes on trying until it is told to end.
+//! let relay = "http://127.0.0.1:9".parse()?;
+//! let mut config = Config::new(relay, "home".parse()?, "adit_token".parse()?, "3000".parse()?);
+//! config.connections = 1;
+//! let shutdown = Shutdown::new(); // a program of its own takes `shutdown::signals()`
+//! let told = shutdown.clone();
+//! Agent::new(config)?
+//!     .run(shutdown, move |event| match event {
+//!         Event::Connected { public_url, .. } => println!("reached at {public_url}"),
+//!         Event::Disconnected { why, .. } => {
+//!             println!("{why}");
+//!             told.begin_drain();
+//!         }
+//!         Event::Request { method, target, .. } => println!("{method} {target}"),
+//!     })
+//!     .await;
 //! # Ok(())
 //! # }
 //! ```
