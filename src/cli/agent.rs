@@ -16,6 +16,7 @@ use crate::{
     config::{AgentConfig, AgentFile, RelayUrl, TunnelConfig, agent::EXAMPLE_TOML},
     secret::Secret,
     shutdown::Shutdown,
+    wire::frame::Code,
 };
 
 /// Run the agent of every `[[tunnel]]` in adit.toml
@@ -127,7 +128,9 @@ impl Printer {
                 broken,
             } => {
                 let status = status.map_or_else(|| "---".to_owned(), |status| status.to_string());
-                let broken = broken.map(|code| format!("  broke off: {code:?}")).unwrap_or_default();
+                let broken = broken
+                    .map(|code| format!("  broke off: {}", why(code)))
+                    .unwrap_or_default();
                 let line = format!(
                     "{method} {target}  {status}  {bytes} B  {} ms{broken}",
                     duration.as_millis()
@@ -145,6 +148,22 @@ impl Printer {
             *printed = Some(url);
         }
     }
+}
+
+/// Why a request broke off, for whoever watches the agent.
+fn why(code: Code) -> String {
+    let why = match code {
+        Code::Cancelled => "the downstream left",
+        Code::RequestBroken => "the downstream's request body broke off",
+        Code::UpstreamUnreachable => "the upstream cannot be reached: is the local server running?",
+        Code::UpstreamFailed => "the upstream broke off, or its answer was not valid HTTP",
+        Code::PathLost | Code::Gone => "the tunnel was lost and did not come back in time",
+        Code::Timeout => "it took too long",
+        Code::AgentLeft => "this agent is ending",
+        Code::Refused => "this agent has too many requests in flight",
+        Code::Protocol | Code::Finished | Code::Other(_) => return format!("{code:?}"),
+    };
+    why.to_owned()
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ async fn tunnel(ready: &Ready, relay: SocketAddr, to: Option<UpstreamUrl>, shutd
     };
     let _ = writeln!(
         std::io::stdout(),
-        "A relay listens on http://{relay}, an agent is connected to it, and behind the agent is {}.\n\n    \
+        "A relay listens on http://{relay}, an agent dials it, and behind the agent is {}.\n\n    \
          curl http://{CLIENT}.localhost:{port}/\n    curl -H 'Adit-Client: {CLIENT}' http://{relay}/\n\nCtrl-C ends it.\n",
         tunnel.to,
         port = relay.port()

@@ -24,7 +24,7 @@ use crate::{
     cluster::registry::Client,
     error::Cause,
     exchange::ingress::{Answer, Failure, Ingress},
-    ids::ClientId,
+    ids::{ClientId, RequestId},
     telemetry::{self, AuthFailure},
     wire::{
         fields,
@@ -58,16 +58,11 @@ pub async fn serve(
     parts: Parts,
     body: Incoming,
     connection: ConnHandle,
-) -> Result<Response<OutBody>, Cause> {
+) -> Response<OutBody> {
     let mut record = Record::begin(state, &client_id, &parts.method, target.path());
     match serve_recorded(state, client_id, target, parts, body, connection, &mut record).await {
-        Ok(response) => Ok(response),
-        Err(cause) => {
-            if let Some(record) = record {
-                record.fail(&cause);
-            }
-            Err(cause)
-        }
+        Ok(response) => response,
+        Err(cause) => cause.respond(record.map_or_else(RequestId::new, |record| record.fail(&cause))),
     }
 }
 

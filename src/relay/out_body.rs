@@ -152,9 +152,10 @@ impl Record {
         self
     }
 
-    /// It is answered with an error of ours.
-    pub fn fail(mut self, cause: &Cause) {
+    /// It is answered with an error of ours, under the id that is returned.
+    pub fn fail(mut self, cause: &Cause) -> RequestId {
         (self.status, self.outcome) = (cause.status().as_u16(), Outcome::from(cause));
+        self.request_id
     }
 
     fn on_frame(&mut self, frame: Option<&Result<Frame<Bytes>, Broken>>) {

@@ -25,7 +25,7 @@ use crate::{
 /// Answers one request. Never fails: an error is an answer too.
 pub async fn handle(state: Arc<State>, request: Request<Incoming>) -> Result<Response<OutBody>, Infallible> {
     let answer = dispatch(&state, request).await;
-    Ok(answer.unwrap_or_else(|cause| cause.respond(RequestId::new())))
+    Ok(answer.unwrap_or_else(|cause| refused(&cause)))
 }
 
 async fn dispatch(state: &Arc<State>, request: Request<Incoming>) -> Result<Response<OutBody>, Cause> {
@@ -38,15 +38,22 @@ async fn dispatch(state: &Arc<State>, request: Request<Incoming>) -> Result<Resp
         state.config.domain.as_ref().map(Domain::as_str),
     )? {
         // On a client's own host every path is the client's.
-        Addressed::ClientHost(client_id) => ingress::serve(state, client_id, target, parts, body, connection).await,
+        Addressed::ClientHost(client_id) => Ok(ingress::serve(state, client_id, target, parts, body, connection).await),
         Addressed::Apex(client_id) => match (target.path(), client_id) {
             ("/ws", client_id) => tunnel(state, client_id, &target, parts, &connection).await,
             ("/health", None) => Ok(json(&parts.method, &health())),
             ("/auth/signature-token", Some(client_id)) => signature(state, client_id, &parts, &connection).await,
-            (_, Some(client_id)) => ingress::serve(state, client_id, target, parts, body, connection).await,
+            (_, Some(client_id)) => Ok(ingress::serve(state, client_id, target, parts, body, connection).await),
             (_, None) => Err(Cause::NoClient),
         },
     }
+}
+
+/// What never became a request of a client. Not in the access log, which strangers could fill.
+fn refused(cause: &Cause) -> Response<OutBody> {
+    let request_id = RequestId::new();
+    tracing::debug!(request.id = %request_id, error = cause.code(), "a request was refused: {cause}");
+    cause.respond(request_id)
 }
 
 async fn tunnel(
