@@ -3,7 +3,8 @@
 use std::{
     io::Write,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use anyhow::ensure;
@@ -97,6 +98,8 @@ pub(super) struct Printer {
     to: String,
     /// The URL that was printed last: it is the same for all tunnels.
     url: Mutex<Option<String>>,
+    /// Why there is no tunnel, as it was said last: attempts go on for ever, and each may fail for the same reason.
+    trouble: Mutex<Option<String>>,
 }
 
 impl Printer {
@@ -105,6 +108,7 @@ impl Printer {
             client: tunnel.client.to_string(),
             to: tunnel.to.to_string(),
             url: Mutex::default(),
+            trouble: Mutex::default(),
         }
     }
 
@@ -116,9 +120,7 @@ impl Printer {
                 node_id,
                 public_url,
             } => self.connected(slot, &node_id.to_string(), public_url),
-            Event::Disconnected { slot, why, retry_in } => {
-                tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms = retry_in.as_millis() as u64, "no tunnel: {why}");
-            }
+            Event::Disconnected { slot, why, retry_in } => self.disconnected(slot, why, retry_in),
             Event::Request {
                 method,
                 target,
@@ -142,12 +144,29 @@ impl Printer {
 
     fn connected(&self, slot: u32, node_id: &str, url: String) {
         tracing::info!(client.id = %self.client, tunnel.slot = slot, node.id = node_id, "tunnel open");
-        let mut printed = self.url.lock().unwrap_or_else(PoisonError::into_inner);
+        lock(&self.trouble).take();
+        let mut printed = lock(&self.url);
         if printed.as_ref() != Some(&url) {
             let _ = writeln!(std::io::stdout(), "{url}  ->  {}", self.to);
             *printed = Some(url);
         }
     }
+
+    /// A warning the first time, and the same again only for whoever debugs.
+    fn disconnected(&self, slot: u32, why: String, retry_in: Duration) {
+        let mut said = lock(&self.trouble);
+        let retry_ms = retry_in.as_millis() as u64;
+        if said.as_ref() == Some(&why) {
+            tracing::debug!(client.id = %self.client, tunnel.slot = slot, retry_ms, "no tunnel: {why}");
+        } else {
+            tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms, "no tunnel: {why}; trying again");
+            *said = Some(why);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why a request broke off, for whoever watches the agent.
