@@ -7,12 +7,12 @@ use adit::{
     cluster::{
         now_ms,
         registry::{ConnectionRow, NewAuth, Node, Registry, RegistryAway, RegistryEvent, Watch},
-        secret::Secret,
         store::{NodeRow, Store},
     },
     error::Cause,
     ids::{ClientId, InstanceId, NodeId, TokenId, TunnelId},
     relay::auth::{Auth, Consumed},
+    secret::Secret,
 };
 use axum::response::IntoResponse;
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};

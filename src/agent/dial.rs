@@ -13,8 +13,9 @@ use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
 
 use super::{AgentError, Config};
 use crate::{
-    config::{RelayUrl, Secret},
+    config::RelayUrl,
     ids::{ClientId, InstanceId},
+    secret::Secret,
     wire::{
         frame::{Frame, SUBPROTOCOL},
         hello::{self, AgentHello, RelayHello},
@@ -39,8 +40,10 @@ pub enum DialError {
     #[error("the relay at {0} did not answer within 10 s; check the address and what is in between")]
     Timeout(RelayUrl),
     /// The token or the client is not accepted.
-    #[error("the relay does not accept the token for client `{0}`: {1}")]
-    Unauthorized(ClientId, String),
+    #[error(
+        "the relay does not accept the token for client `{0}`: is it whole, of this client, and not revoked? `adit token create {0}` makes another"
+    )]
+    Unauthorized(ClientId),
     /// Any other refusal, with what it said.
     #[error("the relay refused the tunnel with status {0}: {1}")]
     Refused(u16, String),
@@ -135,7 +138,8 @@ impl Dialer {
         let name = ServerName::try_from(host.to_owned()).map_err(std::io::Error::other)?;
         let tls = tokio_rustls::TlsConnector::from(self.tls.clone())
             .connect(name, tcp)
-            .await?;
+            .await
+            .map_err(explained)?;
         Ok(Box::new(tls))
     }
 
@@ -146,7 +150,7 @@ impl Dialer {
             .into_client_request()
             .map_err(|error| not_a_relay(error.to_string()))?;
         let mut bearer = HeaderValue::try_from(format!("Bearer {}", self.token.expose()))
-            .map_err(|_| DialError::Unauthorized(self.client_id.clone(), "it has impossible characters".into()))?;
+            .map_err(|_| DialError::Unauthorized(self.client_id.clone()))?;
         bearer.set_sensitive(true);
         request.headers_mut().insert(header::AUTHORIZATION, bearer);
         request
@@ -168,7 +172,7 @@ impl Dialer {
             .unwrap_or("it gave no reason that an adit relay would give")
             .to_owned();
         match response.status().as_u16() {
-            401 | 403 => DialError::Unauthorized(self.client_id.clone(), detail),
+            401 | 403 => DialError::Unauthorized(self.client_id.clone()),
             status if response.headers().contains_key(crate::error::ADIT_ERROR) => DialError::Refused(status, detail),
             status => DialError::NotARelay(self.relay.clone(), format!("it answered with status {status}")),
         }
@@ -192,5 +196,16 @@ impl Dialer {
             Ok(Some(Frame::Hello(json))) => hello::from_json(&json),
             _ => Err("its first message is no hello".into()),
         }
+    }
+}
+
+/// TLS's own words for the most usual slip do not help.
+fn explained(error: std::io::Error) -> std::io::Error {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match tls {
+        Some(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)) => {
+            std::io::Error::other("it does not speak TLS there: is it http:// instead of https://?")
+        }
+        _ => error,
     }
 }

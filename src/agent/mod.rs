@@ -1,13 +1,27 @@
 //! The agent: dials out from next to the upstream, holds tunnels to relay nodes, and calls the upstream for what comes
 //! through them. `adit http` is this and a printer of [`Event`]s; a Rust program can embed it the same way:
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! use adit::agent::{Agent, Config};
+//! ```
+//! # #[tokio::main]
+//! # async fn main() -> anyhow::Result<()> {
+//! use adit::{agent::{Agent, Config, Event}, shutdown::Shutdown};
 //!
-//! let relay = "https://relay.example.org".parse()?;
-//! let agent = Agent::new(Config::new(relay, "home".parse()?, "adit_…".parse()?, "3000".parse()?))?;
-//! agent.run(adit::shutdown::signals()?, |event| println!("{event:?}")).await;
+//! // No relay listens there: the agent says so, and goes on trying until it is told to end.
+//! let relay = "http://127.0.0.1:9".parse()?;
+//! let mut config = Config::new(relay, "home".parse()?, "adit_token".parse()?, "3000".parse()?);
+//! config.connections = 1;
+//! let shutdown = Shutdown::new(); // a program of its own takes `shutdown::signals()`
+//! let told = shutdown.clone();
+//! Agent::new(config)?
+//!     .run(shutdown, move |event| match event {
+//!         Event::Connected { public_url, .. } => println!("reached at {public_url}"),
+//!         Event::Disconnected { why, .. } => {
+//!             println!("{why}");
+//!             told.begin_drain();
+//!         }
+//!         Event::Request { method, target, .. } => println!("{method} {target}"),
+//!     })
+//!     .await;
 //! # Ok(())
 //! # }
 //! ```
@@ -27,13 +41,14 @@ mod upstream;
 pub use dial::DialError;
 
 use crate::{
-    config::{HostHeader, RelayUrl, Secret, UpstreamUrl},
+    config::{self, HostHeader, RelayUrl, UpstreamUrl},
     ids::{ClientId, NodeId},
+    secret::Secret,
     shutdown::Shutdown,
 };
 
 /// Tunnels an agent may hold: a few, on as many nodes, are enough (Teleport RFD 69 tells of the others).
-pub const MAX_CONNECTIONS: u32 = 8;
+pub const MAX_CONNECTIONS: u32 = config::agent::MAX_CONNECTIONS as u32;
 
 /// What an agent needs to know.
 #[derive(Clone)]
@@ -64,7 +79,7 @@ impl Config {
             upstream,
             host_header: HostHeader::Keep,
             insecure: false,
-            connections: 2,
+            connections: u32::from(config::agent::DEFAULT_CONNECTIONS),
         }
     }
 }

@@ -64,6 +64,9 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
             Err(error) if !leaving.is_empty() => (error.to_string(), outage.unhurried()),
             Err(error) => (error.to_string(), outage.pause()),
         };
+        if host.is_leaving() {
+            break;
+        }
         host.tell(Event::Disconnected {
             slot,
             why,

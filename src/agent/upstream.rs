@@ -164,13 +164,13 @@ impl Caller {
     }
 
     fn failed(&self, error: &hyper_util::client::legacy::Error) -> Code {
-        let code = if error.is_connect() {
-            Code::UpstreamUnreachable
+        let (code, what) = if error.is_connect() {
+            (Code::UpstreamUnreachable, "the upstream cannot be reached")
         } else {
-            Code::UpstreamFailed
+            (Code::UpstreamFailed, "the upstream did not answer a request properly")
         };
-        let cause = std::error::Error::source(error).map(ToString::to_string);
-        tracing::warn!(upstream = %self.upstream, cause, "{error}");
+        let cause = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+        tracing::warn!(upstream = %self.upstream, cause, "{what}");
         code
     }
 }

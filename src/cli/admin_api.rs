@@ -14,7 +14,7 @@ use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
 use serde_json::Value;
 use tokio::time::timeout;
 
-use crate::{cluster::secret::Secret, error::ADIT_ERROR, relay::admin::ADIT_API};
+use crate::{error::ADIT_ERROR, relay::admin::ADIT_API, secret::Secret};
 
 /// From the first packet to the last byte; the slowest call stretches a password, which takes 0.1 s.
 const PATIENCE: Duration = Duration::from_secs(15);

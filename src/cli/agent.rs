@@ -4,11 +4,12 @@ use std::{
     io::Write,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
         mpsc,
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use anyhow::ensure;
@@ -18,8 +19,10 @@ use tokio::task::JoinSet;
 use super::{Given, file, parsed, set_some};
 use crate::{
     agent::{self, Agent, Event},
-    config::{AgentConfig, AgentFile, RelayUrl, Secret, TunnelConfig, agent::EXAMPLE_TOML},
+    config::{AgentConfig, AgentFile, RelayUrl, TunnelConfig, agent::EXAMPLE_TOML},
+    secret::Secret,
     shutdown::Shutdown,
+    wire::frame::Code,
 };
 
 /// Run the agent of every `[[tunnel]]` in adit.toml
@@ -101,6 +104,8 @@ pub(super) struct Printer {
     /// The URL that was printed last: it is the same for all tunnels.
     url: Mutex<Option<String>>,
     lines: Lines,
+    /// Why there is no tunnel, as it was said last: attempts go on for ever, and each may fail for the same reason.
+    trouble: Mutex<Option<String>>,
 }
 
 impl Printer {
@@ -110,6 +115,7 @@ impl Printer {
             to: tunnel.to.to_string(),
             url: Mutex::default(),
             lines: Lines::start(),
+            trouble: Mutex::default(),
         }
     }
 
@@ -120,10 +126,7 @@ impl Printer {
                 node_id,
                 public_url,
             } => self.connected(slot, &node_id.to_string(), public_url),
-            Event::Disconnected { slot, why, retry_in } => {
-                let retry_ms = retry_in.as_millis() as u64;
-                tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms, "no tunnel: {why}");
-            }
+            Event::Disconnected { slot, why, retry_in } => self.disconnected(slot, why, retry_in),
             Event::Request {
                 method,
                 target,
@@ -133,7 +136,9 @@ impl Printer {
                 broken,
             } => {
                 let status = status.map_or_else(|| "---".to_owned(), |status| status.to_string());
-                let broken = broken.map(|code| format!("  broke off: {code:?}")).unwrap_or_default();
+                let broken = broken
+                    .map(|code| format!("  broke off: {}", why(code)))
+                    .unwrap_or_default();
                 let line = format!(
                     "{method} {target}  {status}  {bytes} B  {} ms{broken}",
                     duration.as_millis()
@@ -145,12 +150,45 @@ impl Printer {
 
     fn connected(&self, slot: u32, node_id: &str, url: String) {
         tracing::info!(client.id = %self.client, tunnel.slot = slot, node.id = node_id, "tunnel open");
-        let mut printed = self.url.lock().unwrap_or_else(PoisonError::into_inner);
+        lock(&self.trouble).take();
+        let mut printed = lock(&self.url);
         if printed.as_ref() != Some(&url) {
             self.lines.print(format!("{url}  ->  {}", self.to));
             *printed = Some(url);
         }
     }
+
+    /// A warning the first time, and the same again only for whoever debugs.
+    fn disconnected(&self, slot: u32, why: String, retry_in: Duration) {
+        let mut said = lock(&self.trouble);
+        let retry_ms = retry_in.as_millis() as u64;
+        if said.as_ref() == Some(&why) {
+            tracing::debug!(client.id = %self.client, tunnel.slot = slot, retry_ms, "no tunnel: {why}");
+        } else {
+            tracing::warn!(client.id = %self.client, tunnel.slot = slot, retry_ms, "no tunnel: {why}; trying again");
+            *said = Some(why);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a request broke off, for whoever watches the agent.
+fn why(code: Code) -> String {
+    let why = match code {
+        Code::Cancelled => "the downstream left",
+        Code::RequestBroken => "the downstream's request body broke off",
+        Code::UpstreamUnreachable => "the upstream cannot be reached: is the local server running?",
+        Code::UpstreamFailed => "the upstream broke off, or its answer was not valid HTTP",
+        Code::PathLost | Code::Gone => "the tunnel was lost and did not come back in time",
+        Code::Timeout => "it took too long",
+        Code::AgentLeft => "this agent is ending",
+        Code::Refused => "this agent has too many requests in flight",
+        Code::Protocol | Code::Finished | Code::Other(_) => return format!("{code:?}"),
+    };
+    why.to_owned()
 }
 
 /// Lines that wait to be printed; more are dropped, and counted: a slow terminal must not slow requests.

@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::admin_api::{AdminApi, AdminArgs, Said};
 use crate::{
-    cluster::{now_ms, registry::ClientSummary, secret::Secret},
+    cluster::{now_ms, registry::ClientSummary},
     ids::ClientId,
+    secret::Secret,
 };
 
 /// Make, list, change and delete clients: the names that tunnels serve

@@ -12,8 +12,11 @@ use super::{agent, sample, serve::bind};
 
 use crate::{
     cluster::registry::NewAuth,
-    config::{AgentConfig, HostHeader, RelayConfig, Secret, TunnelConfig, UpstreamUrl, relay::reachable},
+    config::{
+        AgentConfig, HostHeader, RelayConfig, TunnelConfig, UpstreamUrl, agent::DEFAULT_CONNECTIONS, relay::reachable,
+    },
     relay::{Listeners, Ready, Relay},
+    secret::Secret,
     shutdown::Shutdown,
 };
 
@@ -75,21 +78,21 @@ async fn tunnel(ready: &Ready, relay: SocketAddr, to: Option<UpstreamUrl>, shutd
     )?;
     let tunnel = TunnelConfig {
         client: CLIENT.parse()?,
-        token: token.expose().parse()?,
+        token,
         to,
         host_header: HostHeader::Keep,
         insecure: false,
     };
     let _ = writeln!(
         std::io::stdout(),
-        "A relay listens on http://{relay}, an agent is connected to it, and behind the agent is {}.\n\n    \
+        "A relay listens on http://{relay}, an agent dials it, and behind the agent is {}.\n\n    \
          curl http://{CLIENT}.localhost:{port}/\n    curl -H 'Adit-Client: {CLIENT}' http://{relay}/\n\nCtrl-C ends it.\n",
         tunnel.to,
         port = relay.port()
     );
     let config = AgentConfig {
         relay: format!("http://{relay}").parse()?,
-        connections: 2,
+        connections: DEFAULT_CONNECTIONS,
         tunnels: vec![tunnel],
     };
     tokio::select! {

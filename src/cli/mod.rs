@@ -118,7 +118,11 @@ impl Cli {
             }
             Command::Http(args) => Plan::Agent(args.config()?),
             Command::Agent(args) => Plan::Agent(args.config()?),
-            Command::Demo(args) => Plan::Demo(Box::new(args.config()?), args.to),
+            Command::Demo(args) => {
+                // What it prints is the story; the logs would tell it twice.
+                log.filter = "warn".to_owned();
+                Plan::Demo(Box::new(args.config()?), args.to)
+            }
             Command::Client(command) => Plan::Client(command),
             Command::Token(command) => Plan::Token(command),
             Command::Healthcheck(args) => Plan::Healthcheck(args.address()?, args.path()),

@@ -9,8 +9,9 @@ use tokio::net::TcpListener;
 
 use super::{Given, file, given, parsed, set, set_some};
 use crate::{
-    config::{Domain, RelayConfig, RelayUrl, Secret, relay::reachable, values},
+    config::{Domain, RelayConfig, RelayUrl, relay::reachable, values},
     relay::{Listeners, Ready, Relay},
+    secret::Secret,
     shutdown::Shutdown,
 };
 

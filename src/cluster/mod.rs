@@ -4,8 +4,8 @@
 //! goes on working while the database is away.
 
 mod cache;
+pub mod hash;
 pub mod registry;
-pub mod secret;
 pub mod store;
 
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -21,11 +21,14 @@ pub use self::{
 pub use super::store::{Client, ClientSummary, ConnectionRow, DownstreamAuth, Holder, TokenRecord, TokenRow};
 use super::{
     cache::{Cache, FRESH_FOR, OfClient},
+    hash::TokenHash,
     now_ms,
-    secret::{Secret, TokenHash},
     store::{Store, StoreError},
 };
-use crate::ids::{ClientId, NodeId, TokenId};
+use crate::{
+    ids::{ClientId, NodeId, TokenId},
+    secret::Secret,
+};
 
 /// How long a signature is good: 14 days, what MoosicBox's apps count on.
 pub const SIGNATURE_LIFETIME: Duration = Duration::from_secs(14 * 24 * 3600);

@@ -8,10 +8,10 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    ConfigError, HostHeader, RelayUrl, Secret, UpstreamUrl, check, from_table, read_table,
+    ConfigError, HostHeader, RelayUrl, UpstreamUrl, check, from_table, read_table,
     values::{de_optional, de_parsed},
 };
-use crate::ids::ClientId;
+use crate::{ids::ClientId, secret::Secret};
 
 /// The file that an agent reads if none is named and it is there.
 pub const DEFAULT_FILE: &str = "adit.toml";

@@ -17,7 +17,7 @@ pub use agent::{AgentConfig, AgentFile, TunnelConfig, TunnelFile};
 pub use relay::{HttpConfig, LogConfig, RelayConfig, TunnelsConfig};
 pub use upstream::{HostHeader, UpstreamUrl};
 pub use url::{Domain, RelayUrl};
-pub use values::{Invalid, Secret};
+pub use values::Invalid;
 
 /// Why a configuration is not accepted: a sentence that names the file or the key, and says what to do.
 #[derive(Debug, thiserror::Error)]

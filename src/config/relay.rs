@@ -6,10 +6,10 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::{
-    ConfigError, Domain, RelayUrl, Secret, check, from_table, overlay, read_table,
+    ConfigError, Domain, RelayUrl, check, from_table, overlay, read_table,
     values::{de_address, de_duration, de_networks, de_optional, de_size},
 };
-use crate::{ids::ClientId, telemetry::LogFormat};
+use crate::{ids::ClientId, secret::Secret, telemetry::LogFormat};
 
 /// The documented defaults: every key is in it, and it is what [`RelayConfig::default`] reads.
 pub const DEFAULT_TOML: &str = include_str!("../../config.default.toml");

@@ -1,10 +1,9 @@
-//! The small values of a configuration and how they are written: secrets, durations, sizes, networks.
+//! The small values of a configuration and how they are written: durations, sizes, networks.
 //!
 //! Written by hand rather than with `humantime-serde` and `bytesize`: two dozen lines, one grammar that the
 //! documentation states in full, and errors that say what to write.
 
 use std::{
-    convert::Infallible,
     fmt,
     net::{IpAddr, SocketAddr},
     str::FromStr,
@@ -21,48 +20,6 @@ pub const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Invalid(pub(crate) String);
-
-/// A text that is never printed: `***` in `Debug` and `Display`.
-#[derive(Clone, PartialEq, Eq, Deserialize)]
-#[serde(transparent)]
-pub struct Secret(String);
-
-impl Secret {
-    /// The text itself, for the one place that needs it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-
-    /// Whether there is no text at all: how "not set" is written in a file or an environment variable.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl FromStr for Secret {
-    type Err = Infallible;
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(Self(text.to_owned()))
-    }
-}
-
-impl fmt::Display for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
 
 /// Parses `250ms`, `5s`, `2m` or `1h`; at most [`MAX_DURATION`].
 pub fn duration(text: &str) -> Result<Duration, Invalid> {
@@ -276,19 +233,6 @@ mod tests {
         assert_eq!(networks(""), Ok(vec![]));
         assert!(networks("10.0.0.0/33").is_err());
         assert!(networks("example.org").is_err());
-    }
-
-    #[test]
-    fn a_secret_never_prints() {
-        let secret = Secret::from("hunter2".to_owned());
-        for printed in [
-            format!("{secret}"),
-            format!("{secret:?}"),
-            format!("{:#?}", Some(&secret)),
-        ] {
-            assert!(!printed.contains("hunter2") && printed.contains("***"), "{printed}");
-        }
-        assert_eq!(secret.expose(), "hunter2");
     }
 
     proptest! {

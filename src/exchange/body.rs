@@ -52,7 +52,7 @@ impl Records {
     /// The next record; `None` at the stream's end.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Record>, Code>> {
         loop {
-            match self.reader.next() {
+            match self.reader.next_record() {
                 Ok(Some(record)) => return Poll::Ready(Ok(Some(record))),
                 Ok(None) if self.ended => return Poll::Ready(Ok(None)),
                 Ok(None) => {}

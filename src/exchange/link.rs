@@ -40,7 +40,7 @@ pub enum LinkEnd {
     #[error("the peer closed the connection")]
     PeerClosed,
     /// This end closed it, by [`Path::close`].
-    #[error("closed here")]
+    #[error("this end closed it")]
     Closed,
     /// Nothing was heard for too long.
     #[error("the peer has been silent for too long")]

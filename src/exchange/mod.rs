@@ -266,11 +266,6 @@ impl Exchange {
         self.state().answer_within = limit;
     }
 
-    /// Whether the peer has shown that it knows the exchange: the request may have reached the upstream.
-    pub fn is_confirmed(&self) -> bool {
-        self.state().confirmed
-    }
-
     /// For how long it has been without a path.
     pub fn cut_for(&self) -> Option<Duration> {
         self.state().cut_at.map(|at| self.clock.now().saturating_sub(at))

@@ -111,7 +111,10 @@ mod tests {
     use tower_service::Service;
 
     use super::*;
-    use crate::cluster::{registry::Node, secret::Secret, store::Store};
+    use crate::{
+        cluster::{registry::Node, store::Store},
+        secret::Secret,
+    };
 
     struct Api {
         router: Router,

@@ -19,8 +19,8 @@ pub(super) use credential::bearer;
 
 use crate::{
     cluster::{
+        hash::{PasswordHash, TokenHash},
         registry::{Client, DownstreamAuth, Registry, RegistryAway, TokenRecord},
-        secret::{PasswordHash, TokenHash},
     },
     error::Cause,
     ids::{ClientId, TokenId},

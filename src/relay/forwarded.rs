@@ -8,7 +8,8 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, header::FORWARDED};
 use ipnet::IpNet;
 
-use super::{forward::remove_where, strict::Target};
+use super::strict::Target;
+use crate::wire::fields::remove_where;
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");

@@ -63,6 +63,7 @@ pub(super) async fn run(
         () = async { while tasks.join_next().await.is_some() {} } => {}
         () = shutdown.now() => tasks.shutdown().await,
     }
+    tracing::info!("the relay has ended");
     Ok(())
 }
 

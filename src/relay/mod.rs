@@ -36,12 +36,12 @@ pub mod tunnels;
 use crate::{
     cluster::{
         registry::{Node, Registry},
-        secret::Secret,
         store::Store,
     },
     config::RelayConfig,
     error::Cause,
     exchange::{Clock, table::Exchanges},
+    secret::Secret,
     shutdown::Shutdown,
     telemetry::{AuthFailure, Metrics},
 };
@@ -144,20 +144,24 @@ pub struct Ready {
 
 /// A relay node that is not running yet.
 ///
-/// ```no_run
-/// # async fn example() -> anyhow::Result<()> {
+/// ```
+/// # #[tokio::main]
+/// # async fn main() -> anyhow::Result<()> {
 /// use adit::{config::RelayConfig, relay::{Listeners, Relay}, shutdown::Shutdown};
 /// use tokio::net::TcpListener;
 ///
 /// let listeners = Listeners {
-///     public: TcpListener::bind("0.0.0.0:8080").await?,
-///     admin: TcpListener::bind("127.0.0.1:9090").await?,
+///     public: TcpListener::bind("127.0.0.1:0").await?,
+///     admin: TcpListener::bind("127.0.0.1:0").await?,
 /// };
-/// let relay = Relay::new(RelayConfig::default());
-/// relay.run(listeners, Shutdown::new(), |ready| {
+/// let config = RelayConfig { database_url: "sqlite::memory:".parse()?, ..RelayConfig::default() };
+/// let shutdown = Shutdown::new(); // a program of its own takes `shutdown::signals()`
+/// let told = shutdown.clone();
+/// Relay::new(config).run(listeners, shutdown, move |ready| {
 ///     if let Some(token) = ready.new_admin_token {
-///         eprintln!("admin token: {}", token.expose());
+///         println!("node {}, admin token {}", ready.registry.node_id(), token.expose());
 ///     }
+///     told.begin_drain(); // this one has done enough
 /// }).await
 /// # }
 /// ```

@@ -26,7 +26,10 @@ use crate::{
 pub async fn handle(state: Arc<State>, request: Request<Incoming>) -> Result<Response<OutBody>, Infallible> {
     let request_id = RequestId::new();
     let answer = dispatch(&state, request_id, request).await;
-    Ok(answer.unwrap_or_else(|cause| cause.respond(request_id)))
+    Ok(answer.unwrap_or_else(|cause| {
+        tracing::debug!(request.id = %request_id, error = cause.code(), "answered with an error: {cause}");
+        cause.respond(request_id)
+    }))
 }
 
 async fn dispatch(
@@ -73,13 +76,17 @@ async fn tunnel(
     connection: &ConnHandle,
 ) -> Result<Response<OutBody>, Cause> {
     let client_id = client_id.ok_or(Cause::BadRequest("a tunnel needs `?clientId=<client_id>`"))?;
+    let remote = remote(state, connection, &parts.headers);
     let knock = accept::Knock {
-        client_id,
-        remote: remote(state, connection, &parts.headers),
+        client_id: client_id.clone(),
+        remote,
         websocket: target.websocket,
         on_upgrade: parts.extensions.remove::<OnUpgrade>(),
     };
-    accept::accept(state, knock, parts.headers).await
+    let accepted = accept::accept(state, knock, parts.headers).await;
+    accepted.inspect_err(|cause| {
+        tracing::info!(client.id = %client_id, %remote, error = cause.code(), "a tunnel was refused: {cause}");
+    })
 }
 
 /// The address to count by and to write down: the peer's, or what a trusted proxy says.

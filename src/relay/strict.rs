@@ -40,7 +40,7 @@ pub struct Target {
     path_and_query: PathAndQuery,
     /// A well-formed request to switch to a WebSocket.
     pub websocket: bool,
-    /// The client waits for a 100 before it sends the body.
+    /// The client waits for a 100 before it sends the body, and can read one.
     pub expects_continue: bool,
 }
 

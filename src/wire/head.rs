@@ -194,14 +194,14 @@ pub struct RecordReader {
 }
 
 impl RecordReader {
-    /// Gives it the next bytes. Call [`next`](Self::next) until it returns `None` before giving more.
+    /// Gives it the next bytes. Call [`next_record`](Self::next_record) until it returns `None` before giving more.
     pub fn push(&mut self, chunk: Bytes) {
         debug_assert!(self.chunk.is_empty(), "what was pushed before has been read");
         self.chunk = chunk;
     }
 
     /// The next record, as far as its bytes are here.
-    pub fn next(&mut self) -> Result<Option<Record>, HeadError> {
+    pub fn next_record(&mut self) -> Result<Option<Record>, HeadError> {
         loop {
             if self.data_left > 0 {
                 let part = self.chunk.split_to(self.chunk.len().min(self.data_left));
@@ -295,7 +295,7 @@ mod tests {
         let mut records = Vec::new();
         for chunk in bytes.chunks(cut) {
             reader.push(Bytes::copy_from_slice(chunk));
-            while let Some(record) = reader.next()? {
+            while let Some(record) = reader.next_record()? {
                 records.push(record);
             }
         }

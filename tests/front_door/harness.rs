@@ -21,6 +21,7 @@ use adit::{
         forward,
         strict::{self, Target},
     },
+    wire::fields,
 };
 use axum::body::Body;
 use bytes::Bytes;
@@ -226,7 +227,7 @@ async fn echo(events: &Events, body: Incoming) -> Response<Body> {
     match body.collect().await {
         Ok(body) => {
             let mut trailers = body.trailers().cloned().unwrap_or_default();
-            forward::trailers(&mut trailers);
+            fields::keep_trailers(&mut trailers);
             let mut response = Response::new(Body::from(body.to_bytes()));
             response
                 .headers_mut()

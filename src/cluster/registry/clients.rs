@@ -3,11 +3,12 @@
 use super::{ClientSummary, Registry, RegistryEvent, TokenRow};
 use crate::{
     cluster::{
+        hash::{PasswordHash, TokenHash},
         now_ms,
-        secret::{PasswordHash, Secret, TokenHash},
         store::{Client, DownstreamAuth, StoreError, TokenRecord},
     },
     ids::{ClientId, TokenId},
+    secret::Secret,
 };
 
 /// Why an operator's change was not made.

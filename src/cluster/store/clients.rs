@@ -5,7 +5,7 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use super::{Store, StoreError, parsed};
 use crate::{
-    cluster::secret::{PasswordHash, TokenHash},
+    cluster::hash::{PasswordHash, TokenHash},
     ids::{ClientId, TokenId},
 };
 

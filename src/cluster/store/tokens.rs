@@ -5,7 +5,7 @@ use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
 
 use super::{Store, StoreError, parsed};
 use crate::{
-    cluster::secret::TokenHash,
+    cluster::hash::TokenHash,
     ids::{ClientId, TokenId},
 };
 

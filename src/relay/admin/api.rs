@@ -16,12 +16,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Admin;
 use crate::{
-    cluster::{
-        registry::{ClientSummary, NewAuth, RegistryError, TokenRow},
-        secret::Secret,
-    },
+    cluster::registry::{ClientSummary, NewAuth, RegistryError, TokenRow},
     error::Cause,
     ids::{ClientId, TokenId},
+    secret::Secret,
 };
 
 /// Clients a page, at most and unless said otherwise.

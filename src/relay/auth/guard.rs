@@ -13,7 +13,7 @@ use rand::Rng;
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, task::JoinError};
 
-use crate::cluster::secret::PasswordHash;
+use crate::cluster::hash::PasswordHash;
 
 /// Failed attempts that an address has a minute. People mistype; nobody guesses 256 bits, or a decent password, at 20
 /// a minute.
@@ -125,7 +125,7 @@ impl Passwords {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::secret::Secret;
+    use crate::secret::Secret;
 
     #[test]
     fn the_twenty_first_failure_of_an_address_is_one_too_many() {
