@@ -401,13 +401,13 @@ impl Exchange {
         Frame::Ack(self.id, Ack { probe, moved, ..ack }).encode(message);
     }
 
-    /// Writes one frame of the outgoing stream; true when there is more, and another turn is due.
-    fn write_turn(&self, path: &Arc<Path>, message: &mut BytesMut) -> bool {
+    /// Writes one frame of the outgoing stream, of at most `room` bytes of payload; true when there is more, and another turn is due.
+    fn write_turn(&self, path: &Arc<Path>, message: &mut BytesMut, room: usize) -> bool {
         let mut state = self.state();
         if !state.is_on(path) {
             return false;
         }
-        if let Some(chunk) = state.tx.next_chunk(MAX_PAYLOAD, self.clock.now()) {
+        if let Some(chunk) = state.tx.next_chunk(room.min(MAX_PAYLOAD), self.clock.now()) {
             match chunk.offset {
                 0 if self.role == Role::Ingress => frame::open_header(message, self.id, chunk.data, chunk.fin),
                 offset => frame::stream_header(message, self.id, offset, chunk.data, chunk.fin),

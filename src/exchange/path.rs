@@ -24,6 +24,9 @@ use crate::{
     wire::frame::{Frame, MAX_MESSAGE, MAX_PAYLOAD},
 };
 
+/// A message with less room than this is full, bytes. One of data has about one payload, so that a piece of it that
+/// waits for its reader pins no neighbours.
+const MIN_ROOM: usize = 1024;
 /// Answers that wait for the socket. Beyond it they are dropped: whoever wants one asks again.
 const MAX_FRAMES: usize = 1024;
 /// Finished exchanges are reported together; with this many waiting, at once.
@@ -223,12 +226,12 @@ impl Path {
 
     /// Fills a message with the frames whose turn it is. It stays empty when there is nothing to send.
     pub fn fill(self: &Arc<Self>, message: &mut BytesMut) {
-        while message.len() < MAX_PAYLOAD {
+        while message.len() + MIN_ROOM <= MAX_PAYLOAD {
             match self.next() {
                 Some(Next::Frame(frame)) => frame.encode(message),
                 Some(Next::Control(exchange)) => exchange.write_control(self, message),
                 Some(Next::Turn(exchange)) => {
-                    if exchange.write_turn(self, message) {
+                    if exchange.write_turn(self, message, MAX_PAYLOAD - message.len()) {
                         self.queue().turns.push_back(exchange);
                     }
                 }

@@ -16,8 +16,7 @@ pub const SUBPROTOCOL: &str = "adit.v1";
 /// (they never shrink), and values on the bus under Redis's 32 KiB threshold.
 pub const MAX_PAYLOAD: usize = 16 * 1024;
 
-/// The largest message either end sends or accepts, bytes: frames are added while a message is below one payload, so
-/// this holds the last one too, with room for the headers of small frames.
+/// The largest message that is accepted, bytes. Those sent hold about one payload.
 pub const MAX_MESSAGE: usize = 2 * MAX_PAYLOAD + 1024;
 
 /// What a stream may send before it has heard from its peer, bytes. A constant of `adit.v1`, both directions.
