@@ -122,7 +122,10 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::{Cli, Plan};
+    use crate::{
+        cli::{Cli, Plan},
+        config::relay::DEFAULT_TOML,
+    };
 
     fn plan(arguments: &[&str]) -> anyhow::Result<Plan> {
         let cli = Cli::try_parse_from(["adit"].iter().chain(arguments))?;
@@ -235,6 +238,74 @@ mod tests {
             refused.contains("`database_url`") && !refused.contains("hunter2"),
             "{refused}"
         );
+    }
+
+    /// A setting as the README's table has it: key, default, flag, variable.
+    fn readme_row(line: &str) -> Option<[String; 4]> {
+        let mut cells = line
+            .strip_prefix("| `")?
+            .split('|')
+            .map(|cell| cell.trim().replace('`', ""));
+        let row = [cells.next()?, cells.next()?, cells.next()?, cells.next()?];
+        cells.next().is_some().then_some(row)
+    }
+
+    /// Every key of the defaults and how the README writes its value.
+    fn defaults(table: &toml::Table, prefix: &str) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        for (key, value) in table {
+            let value = match value {
+                toml::Value::Table(inner) => {
+                    found.extend(defaults(inner, &format!("{key}.")));
+                    continue;
+                }
+                toml::Value::String(text) if text.is_empty() => "not set".to_owned(),
+                toml::Value::String(text) => text.clone(),
+                toml::Value::Array(items) if items.is_empty() => "none".to_owned(),
+                toml::Value::Integer(number) => number.to_string(),
+                other => panic!("{other:?} needs a way to be written"),
+            };
+            found.push((format!("{prefix}{key}"), value));
+        }
+        found
+    }
+
+    #[test]
+    fn the_readme_has_every_key_with_its_default_flag_and_variable() {
+        let readme = include_str!("../../README.md");
+        let table = readme
+            .split("\n## ")
+            .find(|part| part.starts_with("Configuration"))
+            .expect("there");
+        let rows: Vec<_> = table.lines().filter_map(readme_row).collect();
+        let mut keys = defaults(&DEFAULT_TOML.parse().expect("TOML"), "");
+        for [key, default, ..] in &rows {
+            let at = keys
+                .iter()
+                .position(|(known, value)| known == key && default.starts_with(value.as_str()));
+            keys.swap_remove(at.unwrap_or_else(|| panic!("{key} = {default} is not in config.default.toml")));
+        }
+        assert!(keys.is_empty(), "not in the README: {keys:?}");
+
+        let mut command = Cli::command();
+        command.build();
+        let serve = command.find_subcommand("serve").expect("serve");
+        let mut flags: Vec<_> = serve
+            .get_arguments()
+            .filter_map(|argument| {
+                let variable = argument.get_env()?.to_str()?.to_owned();
+                (argument.get_id() != "config")
+                    .then(|| (format!("--{}", argument.get_long().unwrap_or_default()), variable))
+            })
+            .collect();
+        let mut told: Vec<_> = rows
+            .into_iter()
+            .map(|[_, _, flag, variable]| (flag, variable))
+            .filter(|(flag, _)| !flag.is_empty())
+            .collect();
+        flags.sort();
+        told.sort();
+        assert_eq!(told, flags);
     }
 
     #[test]
