@@ -164,6 +164,7 @@ impl Cause {
                 | StatusCode::URI_TOO_LONG
                 | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
                 | StatusCode::EXPECTATION_FAILED
+                | StatusCode::UPGRADE_REQUIRED
                 | StatusCode::NOT_IMPLEMENTED
         )
     }
