@@ -56,15 +56,14 @@ async fn bodies_with_a_length_and_without_arrive_whole_both_ways() {
         let call = home.calls.next().await;
         let sent = call.head.headers.get("content-length").cloned();
         assert_eq!(sent.is_some(), declared, "{length}");
-        let (head, body) = {
-            let mut response = Response::builder();
-            if declared {
-                response = response.header("content-length", length);
-            }
-            call.begin_with(response.body(bodies::long(2, length)).expect("a response"))
-        };
+        let mut response = Response::builder();
+        if declared {
+            response = response.header("content-length", length);
+        }
+        let (answered_with, head, body) = call.begin(response);
         assert_eq!(head.method, Method::POST);
         assert_eq!(bodies::sum(body).await, Ok(bodies::sum_of_long(1, length)));
+        tokio::spawn(answered_with.write_long(2, length));
         let answer = answered(answer).await;
         let said = answer.headers().get("content-length").map(|value| value.to_str().expect("digits").to_owned());
         assert_eq!(said, declared.then(|| length.to_string()));
@@ -154,9 +153,9 @@ async fn trailers_pass_both_ways_in_http1() {
     let (down, _, received) = call.begin(Response::builder().header("trailer", "x-checksum"));
     assert!(up.write("up").await && down.write("down").await);
     up.trailers(checksum()).await;
-    down.trailers(checksum()).await;
     let received = within("the request", received.collect()).await.expect("whole");
     assert_eq!(received.trailers(), Some(&checksum()));
+    down.trailers(checksum()).await;
     let answer = within("the answer", answered(answer).await.collect()).await.expect("whole");
     assert_eq!(answer.trailers(), Some(&checksum()));
     home.relay.stop().await;

@@ -140,6 +140,7 @@ impl Ingress {
                     });
                 }
                 _ => {
+                    open.exchange.set_answer_within(None);
                     return Ok(Answer {
                         head,
                         records,
