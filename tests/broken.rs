@@ -42,9 +42,15 @@ async fn begun(home: &Home, version: &str, declared: bool) -> (Raw, bodies::Body
 /// Whether a body that the connection's end or its framing delimits was seen to break.
 async fn breaks(kind: &str, mut downstream: Raw) {
     let (rest, end) = downstream.to_end().await;
-    assert!(!rest.windows(5).any(|seen| seen == b"0\r\n\r\n"), "{kind}: a clean last chunk");
+    assert!(
+        !rest.windows(5).any(|seen| seen == b"0\r\n\r\n"),
+        "{kind}: a clean last chunk"
+    );
     if kind == "close" {
-        assert!(end.is_err(), "the connection must be reset: its end would be the body's");
+        assert!(
+            end.is_err(),
+            "the connection must be reset: its end would be the body's"
+        );
     }
 }
 
@@ -93,7 +99,11 @@ async fn an_upstream_that_breaks_off_before_its_head_is_a_502() {
     let token = relay.client("home", NewAuth::Public).await;
     let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
     let (status, headers, body) = relay.get("home", "/").await;
-    assert_eq!((status, &headers["adit-error"]), (502, &"upstream-failed".parse().expect("a value")), "{body:?}");
+    assert_eq!(
+        (status, &headers["adit-error"]),
+        (502, &"upstream-failed".parse().expect("a value")),
+        "{body:?}"
+    );
     relay.stop().await;
 }
 
@@ -101,7 +111,11 @@ async fn an_upstream_that_breaks_off_before_its_head_is_a_502() {
 async fn an_upstream_that_refuses_connections_is_a_502_that_says_so() {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port").local_addr().expect("bound");
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a free port")
+        .local_addr()
+        .expect("bound");
     let _agent = TestAgent::start(relay.address, "home", &token, nobody).await;
     for method in [Method::GET, Method::POST] {
         let answer = send(relay.address, ask(method, "/").body(full("x")).expect("a request")).await;
@@ -109,7 +123,10 @@ async fn an_upstream_that_refuses_connections_is_a_502_that_says_so() {
         assert_eq!(answer.headers()["content-type"], "application/problem+json");
         let (status, body) = whole(answer).await;
         let problem: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
-        assert_eq!((status, &problem["type"]), (502, &"urn:adit:error:upstream-unreachable".into()));
+        assert_eq!(
+            (status, &problem["type"]),
+            (502, &"urn:adit:error:upstream-unreachable".into())
+        );
     }
     relay.stop().await;
 }

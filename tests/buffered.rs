@@ -28,7 +28,9 @@ fn code(response: &Response<Incoming>) -> String {
 #[tokio::test]
 async fn an_answer_without_a_length_gets_one() {
     let home = Home::start().await;
-    let by_query = ask(Method::GET, "/b?responseMode=buffered&x=1").body(full("")).expect("a request");
+    let by_query = ask(Method::GET, "/b?responseMode=buffered&x=1")
+        .body(full(""))
+        .expect("a request");
     for request in [buffered(Method::GET), buffered(Method::POST), by_query] {
         let answer = home.send(request);
         let call = home.calls.next().await;
@@ -38,7 +40,10 @@ async fn an_answer_without_a_length_gets_one() {
         assert!(!answer.is_finished(), "nothing before the end");
         drop(body);
         let answer = answered(answer).await;
-        assert_eq!((&answer.headers()["content-length"], &answer.headers()["x-a"]), (&"7".parse().expect("a value"), &"1".parse().expect("a value")));
+        assert_eq!(
+            (&answer.headers()["content-length"], &answer.headers()["x-a"]),
+            (&"7".parse().expect("a value"), &"1".parse().expect("a value"))
+        );
         assert_eq!(whole(answer).await, (200, Bytes::from("one two")));
     }
     let answer = home.send(buffered(Method::HEAD));
@@ -61,19 +66,29 @@ async fn an_answer_over_the_limit_is_a_502() {
         let response = response.body(bodies::long(1, 100_001)).expect("a response");
         home.calls.next().await.answer(response);
         let answer = answered(answer).await;
-        assert_eq!((answer.status().as_u16(), code(&answer).as_str()), (502, "response-too-large"));
+        assert_eq!(
+            (answer.status().as_u16(), code(&answer).as_str()),
+            (502, "response-too-large")
+        );
     }
     let answer = home.send(buffered(Method::GET));
     home.calls.next().await.answer(Response::new(bodies::long(1, 100_000)));
     let answer = answered(answer).await;
     assert_eq!(answer.headers()["content-length"], "100000");
-    assert_eq!(bodies::sum(answer.into_body()).await, Ok(bodies::sum_of_long(1, 100_000)));
+    assert_eq!(
+        bodies::sum(answer.into_body()).await,
+        Ok(bodies::sum_of_long(1, 100_000))
+    );
     assert_eq!(home.calls.waiting().await, 0, "what is too large is not tried again");
     home.relay.stop().await;
 }
 
 async fn break_next(home: &Home) {
-    let (body, ..) = home.calls.next().await.begin(Response::builder().header("content-length", 100));
+    let (body, ..) = home
+        .calls
+        .next()
+        .await
+        .begin(Response::builder().header("content-length", 100));
     assert!(body.write("half").await);
     body.fail().await;
 }
@@ -90,7 +105,10 @@ async fn a_get_that_broke_is_tried_once_more() {
     break_next(&home).await;
     break_next(&home).await;
     let answer = answered(answer).await;
-    assert_eq!((answer.status().as_u16(), code(&answer).as_str()), (502, "upstream-failed"));
+    assert_eq!(
+        (answer.status().as_u16(), code(&answer).as_str()),
+        (502, "upstream-failed")
+    );
     assert_eq!(home.calls.waiting().await, 0, "twice, not more");
     home.relay.stop().await;
 }
@@ -101,7 +119,10 @@ async fn a_post_that_broke_is_not() {
     let answer = home.send(buffered(Method::POST));
     break_next(&home).await;
     let answer = answered(answer).await;
-    assert_eq!((answer.status().as_u16(), code(&answer).as_str()), (502, "upstream-failed"));
+    assert_eq!(
+        (answer.status().as_u16(), code(&answer).as_str()),
+        (502, "upstream-failed")
+    );
     home.works().await;
     assert_eq!(home.calls.waiting().await, 0);
     home.relay.stop().await;

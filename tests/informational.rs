@@ -4,14 +4,14 @@ mod harness;
 
 use std::sync::Arc;
 
-use harness::{
-    bodies,
-    home::ask,
-    raw::{Raw, RawUpstream},
-    TestAgent, TestRelay, full, send, within,
-};
 use adit::cluster::registry::NewAuth;
 use bytes::Bytes;
+use harness::{
+    TestAgent, TestRelay, bodies, full,
+    home::ask,
+    raw::{Raw, RawUpstream},
+    send, within,
+};
 use http::{Method, StatusCode};
 use tokio::sync::Notify;
 
@@ -22,7 +22,8 @@ async fn before(upstream: &RawUpstream) -> (TestRelay, TestAgent) {
     (relay, agent)
 }
 
-const POST: &str = "POST /up HTTP/1.1\r\nhost: relay\r\nadit-client: home\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n";
+const POST: &str =
+    "POST /up HTTP/1.1\r\nhost: relay\r\nadit-client: home\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n";
 
 #[tokio::test]
 async fn early_hints_arrive_before_the_answer() {
@@ -32,7 +33,8 @@ async fn early_hints_arrive_before_the_answer() {
         let hinted = told.clone();
         async move {
             peer.head().await;
-            peer.write("HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\nadit-x: forged\r\n\r\n").await;
+            peer.write("HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\nadit-x: forged\r\n\r\n")
+                .await;
             hinted.notified().await;
             peer.write("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
             let _ = peer.to_end().await;
@@ -41,9 +43,14 @@ async fn early_hints_arrive_before_the_answer() {
     .await;
     let (relay, _agent) = before(&upstream).await;
     let mut downstream = Raw::connect(relay.address).await;
-    downstream.write("GET / HTTP/1.1\r\nhost: relay\r\nadit-client: home\r\n\r\n").await;
+    downstream
+        .write("GET / HTTP/1.1\r\nhost: relay\r\nadit-client: home\r\n\r\n")
+        .await;
     let hints = downstream.head().await;
-    assert!(hints.starts_with("HTTP/1.1 103 ") && hints.contains("link: </a.css>\r\n"), "{hints}");
+    assert!(
+        hints.starts_with("HTTP/1.1 103 ") && hints.contains("link: </a.css>\r\n"),
+        "{hints}"
+    );
     assert!(!hints.contains("forged"), "{hints}");
     hinted.notify_one();
     let head = downstream.head().await;
@@ -79,7 +86,8 @@ async fn an_upstream_that_says_continue_gets_the_body() {
 async fn an_upstream_that_refuses_never_gets_the_body() {
     let upstream = RawUpstream::start(|mut peer| async move {
         peer.head().await;
-        peer.write("HTTP/1.1 417 Expectation Failed\r\ncontent-length: 2\r\n\r\nno").await;
+        peer.write("HTTP/1.1 417 Expectation Failed\r\ncontent-length: 2\r\n\r\nno")
+            .await;
         let (rest, _) = peer.to_end().await;
         assert!(!rest.windows(5).any(|seen| seen == b"hello"), "the body came");
     })
@@ -98,10 +106,11 @@ async fn an_upstream_that_refuses_never_gets_the_body() {
 
 #[tokio::test]
 async fn an_upstream_that_answers_at_once_may_still_read_the_body() {
-    let upstream = harness::TestUpstream::start(|request| async move {
-        http::Response::new(harness::home::echo(request.into_body()))
-    })
-    .await;
+    let upstream =
+        harness::TestUpstream::start(
+            |request| async move { http::Response::new(harness::home::echo(request.into_body())) },
+        )
+        .await;
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
     let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
@@ -137,7 +146,8 @@ async fn an_upstream_that_says_nothing_gets_the_body_after_a_while() {
 async fn a_body_that_nobody_reads_does_not_hold_up_the_answer() {
     let upstream = RawUpstream::start(|mut peer| async move {
         peer.head().await;
-        peer.write("HTTP/1.1 413 Content Too Large\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbig").await;
+        peer.write("HTTP/1.1 413 Content Too Large\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbig")
+            .await;
     })
     .await;
     let (relay, _agent) = before(&upstream).await;

@@ -37,7 +37,13 @@ impl BadCable {
         let proxy = FaultProxy::start(relay.address).await;
         let to = upstream.address.to_string();
         let agent = TestAgent::with(proxy.address, "home", &token, &to, agent).await;
-        Self { relay, proxy, agent, calls, _upstream: upstream }
+        Self {
+            relay,
+            proxy,
+            agent,
+            calls,
+            _upstream: upstream,
+        }
     }
 
     fn send(&self, request: Request<harness::AnyBody>) -> JoinHandle<Response<Incoming>> {
@@ -158,13 +164,13 @@ async fn a_network_that_freezes_and_comes_back_loses_nothing() {
     let down = cable.post(full("go"));
     cable.calls.next().await.answer(Response::new(bodies::long(4, LONG)));
     let mut down = answered(down).await;
-    let first = bodies::next(down.body_mut()).await.map_or(0, |piece| piece.len() as u64);
+    let first = bodies::next(down.body_mut())
+        .await
+        .map_or(0, |piece| piece.len() as u64);
     let rest = tokio::spawn(bodies::sum(down.into_body()));
     cable.proxy.freeze();
     let mut events = cable.agent.events.subscribe();
-    let gave_up = async {
-        while !matches!(events.recv().await, Ok(agent::Event::Disconnected { .. })) {}
-    };
+    let gave_up = async { while !matches!(events.recv().await, Ok(agent::Event::Disconnected { .. })) {} };
     within("the agent notices", gave_up).await;
     until("the freeze is felt", || cable.proxy.held_back() > 0).await;
     cable.proxy.heal();
@@ -219,7 +225,10 @@ async fn a_network_that_is_gone_too_long_breaks_what_was_in_flight() {
     until("both cuts", || cable.proxy.cuts() == 2).await;
     assert!(!bodies::ends_well(&mut declared).await);
     let lost = answered(waiting).await;
-    assert_eq!((lost.status().as_u16(), &lost.headers()["adit-error"]), (502, &"tunnel-lost".parse().expect("a value")));
+    assert_eq!(
+        (lost.status().as_u16(), &lost.headers()["adit-error"]),
+        (502, &"tunnel-lost".parse().expect("a value"))
+    );
     cable.proxy.heal();
     within("the agent is back", one.closed()).await;
     until("the upstream's request is given up", || unanswered.is_given_up()).await;

@@ -48,21 +48,35 @@ impl ByHand {
         let stream = TcpStream::connect(relay).await.expect("the relay listens");
         let (socket, response) = within("a handshake", tokio_tungstenite::client_async(request, stream)).await?;
         assert_eq!(response.headers()["sec-websocket-protocol"], "adit.v1");
-        Ok(Self { socket, frames: Bytes::new() })
+        Ok(Self {
+            socket,
+            frames: Bytes::new(),
+        })
     }
 
     async fn tunnel(relay: SocketAddr, token: &str, instance_id: InstanceId, slot: u32) -> (Self, RelayHello) {
         let mut agent = Self::dial(relay, token).await.expect("a tunnel");
         let version = "by hand".into();
-        agent.send(hello::to_frame(&AgentHello { instance_id, slot, version })).await;
-        let Some(Frame::Hello(json)) = agent.next().await else { panic!("no hello") };
+        agent
+            .send(hello::to_frame(&AgentHello {
+                instance_id,
+                slot,
+                version,
+            }))
+            .await;
+        let Some(Frame::Hello(json)) = agent.next().await else {
+            panic!("no hello")
+        };
         (agent, hello::from_json(&json).expect("a hello"))
     }
 
     async fn send(&mut self, frame: Frame) {
         let mut message = BytesMut::new();
         frame.encode(&mut message);
-        self.socket.send(Message::Binary(message.freeze())).await.expect("the tunnel is open");
+        self.socket
+            .send(Message::Binary(message.freeze()))
+            .await
+            .expect("the tunnel is open");
     }
 
     /// The next frame that is no ping; `None` when the tunnel is closed.
@@ -109,9 +123,18 @@ async fn a_newer_tunnel_of_the_same_slot_takes_over_what_runs() {
     let (mut old, first) = ByHand::tunnel(relay.address, &token, instance, 0).await;
     let request = ask(Method::GET, "/").body(full("")).expect("a request");
     let answer = tokio::spawn(send(relay.address, request));
-    let Some(Frame::Open(id, _)) = old.next().await else { panic!("no request") };
+    let Some(Frame::Open(id, _)) = old.next().await else {
+        panic!("no request")
+    };
     // The agent has heard of the exchange.
-    old.send(Frame::Ack(id, adit::wire::stream::Ack { max_data: 1 << 16, ..Default::default() })).await;
+    old.send(Frame::Ack(
+        id,
+        adit::wire::stream::Ack {
+            max_data: 1 << 16,
+            ..Default::default()
+        },
+    ))
+    .await;
     let (mut new, second) = ByHand::tunnel(relay.address, &token, instance, 0).await;
     assert_ne!(first.tunnel_ws_id, second.tunnel_ws_id);
     assert_eq!(first.node_id, second.node_id);
@@ -128,7 +151,8 @@ async fn a_newer_tunnel_of_the_same_slot_takes_over_what_runs() {
     };
     assert_eq!(moved, id);
     assert_eq!(metric(&relay, "adit_tunnels").await, 1);
-    new.send(Frame::Reset(id, adit::wire::frame::Code::UpstreamUnreachable)).await;
+    new.send(Frame::Reset(id, adit::wire::frame::Code::UpstreamUnreachable))
+        .await;
     assert_eq!(answered(answer).await.headers()["adit-error"], "upstream-unreachable");
     // Another slot, and another instance, supersede nothing.
     let (_beside, _) = ByHand::tunnel(relay.address, &token, instance, 1).await;
@@ -151,12 +175,21 @@ async fn a_request_waits_for_an_agent_that_was_just_here() {
         }
     })
     .await;
-    let answer = tokio::spawn(send(relay.address, ask(Method::POST, "/").body(full("x")).expect("a request")));
-    within("the request is here", async { while metric(relay, "adit_exchanges_in_flight").await == 0 {} }).await;
+    let answer = tokio::spawn(send(
+        relay.address,
+        ask(Method::POST, "/").body(full("x")).expect("a request"),
+    ));
+    within("the request is here", async {
+        while metric(relay, "adit_exchanges_in_flight").await == 0 {}
+    })
+    .await;
     assert_eq!(home.calls.waiting().await, 0);
     let agent = TestAgent::start(relay.address, "home", &home.token, home.upstream.address).await;
     home.calls.next().await.ok("late, not lost");
-    assert_eq!(whole(answered(answer).await).await, (200, Bytes::from("late, not lost")));
+    assert_eq!(
+        whole(answered(answer).await).await,
+        (200, Bytes::from("late, not lost"))
+    );
     agent.stop().await;
     home.relay.stop().await;
 }
@@ -169,8 +202,18 @@ async fn without_an_agent_the_answer_is_503_and_when_to_try_again() {
     home.agent.stop().await;
     for client in ["home", "never"] {
         let (status, headers, body) = home.relay.get(client, "/").await;
-        assert_eq!((status, &headers["adit-error"]), (503, &"no-tunnel".parse().expect("a value")), "{body:?}");
-        assert!(headers["retry-after"].to_str().expect("text").parse::<u32>().is_ok_and(|seconds| seconds > 0));
+        assert_eq!(
+            (status, &headers["adit-error"]),
+            (503, &"no-tunnel".parse().expect("a value")),
+            "{body:?}"
+        );
+        assert!(
+            headers["retry-after"]
+                .to_str()
+                .expect("text")
+                .parse::<u32>()
+                .is_ok_and(|seconds| seconds > 0)
+        );
     }
     assert_eq!(home.relay.get("unknown", "/").await.0, 404);
     assert_eq!(home.calls.waiting().await, 0);
@@ -189,10 +232,25 @@ async fn a_revoked_token_closes_its_tunnels_and_cuts_what_runs_through_them() {
     let unanswered = home.calls.next().await;
     let mut events = home.agent.events.subscribe();
 
-    let client = home.relay.registry.client(&harness::id("home")).await.expect("the registry").expect("known");
-    let tokens = home.relay.registry.list_tokens(&client.client_id).await.expect("the registry");
+    let client = home
+        .relay
+        .registry
+        .client(&harness::id("home"))
+        .await
+        .expect("the registry")
+        .expect("known");
+    let tokens = home
+        .relay
+        .registry
+        .list_tokens(&client.client_id)
+        .await
+        .expect("the registry");
     for token in tokens {
-        home.relay.registry.revoke_token(&client.client_id, token.token_id).await.expect("revoked");
+        home.relay
+            .registry
+            .revoke_token(&client.client_id, token.token_id)
+            .await
+            .expect("revoked");
     }
     assert!(!bodies::ends_well(&mut reading).await);
     assert_eq!(answered(waiting).await.status(), 502);
@@ -224,7 +282,10 @@ async fn an_agent_that_stops_finishes_and_another_takes_over() {
     // Its tunnels take no more as soon as the relay has heard.
     within("new requests go to the other", async {
         loop {
-            let answer = tokio::spawn(send(home.relay.address, ask(Method::GET, "/").body(full("")).expect("a request")));
+            let answer = tokio::spawn(send(
+                home.relay.address,
+                ask(Method::GET, "/").body(full("")).expect("a request"),
+            ));
             let by_other = tokio::select! {
                 call = calls.next() => { call.ok("other"); true }
                 call = home.calls.next() => { call.ok("first"); false }
@@ -241,7 +302,10 @@ async fn an_agent_that_stops_finishes_and_another_takes_over() {
     assert_eq!(bodies::sum(&mut down).await, Ok(bodies::sum_of_long(1, 3_000_000)));
     within("the agent leaves", stopping).await.expect("no panic");
     for _ in 0..10 {
-        let answer = tokio::spawn(send(home.relay.address, ask(Method::GET, "/").body(full("")).expect("a request")));
+        let answer = tokio::spawn(send(
+            home.relay.address,
+            ask(Method::GET, "/").body(full("")).expect("a request"),
+        ));
         calls.next().await.ok("other");
         assert_eq!(answered(answer).await.status(), 200);
     }
@@ -265,7 +329,9 @@ async fn a_node_that_drains_finishes_what_it_holds() {
     home.relay.shutdown.begin_drain();
     within("it says so", async { while ready(&home.relay).await != 503 {} }).await;
     let refused = ByHand::dial(home.relay.address, &home.token).await.err();
-    let Some(Error::Http(refusal)) = refused else { panic!("a new tunnel: {refused:?}") };
+    let Some(Error::Http(refusal)) = refused else {
+        panic!("a new tunnel: {refused:?}")
+    };
     assert_eq!(refusal.status(), 503);
     home.works().await;
     tokio::spawn(body.write_long(1, 3_000_000));

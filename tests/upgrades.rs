@@ -7,7 +7,13 @@ use std::net::SocketAddr;
 use adit::cluster::registry::NewAuth;
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
-use harness::{TestAgent, TestRelay, home::metric, proxy::FaultProxy, raw::{Raw, RawUpstream}, until, within};
+use harness::{
+    TestAgent, TestRelay,
+    home::metric,
+    proxy::FaultProxy,
+    raw::{Raw, RawUpstream},
+    until, within,
+};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::{
     WebSocketStream,
@@ -15,7 +21,13 @@ use tokio_tungstenite::{
         Error, Message,
         client::IntoClientRequest,
         handshake::server::{Request, Response},
-        protocol::{CloseFrame, frame::{Frame, coding::{CloseCode, Data, OpCode}}},
+        protocol::{
+            CloseFrame,
+            frame::{
+                Frame,
+                coding::{CloseCode, Data, OpCode},
+            },
+        },
     },
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -43,9 +55,14 @@ fn choose(
     request: &Request,
     mut response: Response,
 ) -> Result<Response, tokio_tungstenite::tungstenite::handshake::server::ErrorResponse> {
-    let offered = request.headers().get("sec-websocket-protocol").and_then(|offered| offered.to_str().ok());
+    let offered = request
+        .headers()
+        .get("sec-websocket-protocol")
+        .and_then(|offered| offered.to_str().ok());
     if let Some(second) = offered.and_then(|offered| offered.split(", ").nth(1)) {
-        response.headers_mut().insert("sec-websocket-protocol", second.parse().expect("a value"));
+        response
+            .headers_mut()
+            .insert("sec-websocket-protocol", second.parse().expect("a value"));
     }
     Ok(response)
 }
@@ -73,21 +90,30 @@ async fn line(to: SocketAddr) -> Line {
 }
 
 async fn connect(relay: SocketAddr, protocols: &str) -> (WebSocketStream<TcpStream>, http::Response<Option<Vec<u8>>>) {
-    let mut request = format!("ws://{relay}/socket?clientId=home").into_client_request().expect("a url");
+    let mut request = format!("ws://{relay}/socket?clientId=home")
+        .into_client_request()
+        .expect("a url");
     if !protocols.is_empty() {
         let offered = protocols.parse().expect("a value");
         request.headers_mut().insert("sec-websocket-protocol", offered);
     }
     let stream = TcpStream::connect(relay).await.expect("the relay listens");
-    within("a handshake", tokio_tungstenite::client_async(request, stream)).await.expect("a WebSocket")
+    within("a handshake", tokio_tungstenite::client_async(request, stream))
+        .await
+        .expect("a WebSocket")
 }
 
 async fn next<S: Stream<Item = Result<Message, Error>> + Unpin>(socket: &mut S) -> Message {
-    within("a message", socket.next()).await.expect("one more").expect("a message")
+    within("a message", socket.next())
+        .await
+        .expect("one more")
+        .expect("a message")
 }
 
 async fn send<S: Sink<Message, Error = Error> + Unpin>(socket: &mut S, message: Message) {
-    within("a message leaves", socket.send(message)).await.expect("the socket is open");
+    within("a message leaves", socket.send(message))
+        .await
+        .expect("the socket is open");
 }
 
 fn fragment(text: &'static str, code: Data, last: bool) -> Message {
@@ -101,11 +127,19 @@ async fn messages_of_every_kind_come_back() {
     let (mut socket, response) = connect(line.relay.address, "chat.v1, chat.v2").await;
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
     let long = Bytes::from(harness::pattern(1, 0, 1 << 20));
-    for message in [Message::text("grüße"), Message::binary(long), Message::text(""), Message::binary(vec![0])] {
+    for message in [
+        Message::text("grüße"),
+        Message::binary(long),
+        Message::text(""),
+        Message::binary(vec![0]),
+    ] {
         send(&mut socket, message.clone()).await;
         assert_eq!(next(&mut socket).await, message);
     }
-    for part in [fragment("one ", Data::Text, false), fragment("two ", Data::Continue, false)] {
+    for part in [
+        fragment("one ", Data::Text, false),
+        fragment("two ", Data::Continue, false),
+    ] {
         send(&mut socket, part).await;
     }
     send(&mut socket, Message::Ping(Bytes::from("between"))).await;
@@ -118,7 +152,10 @@ async fn messages_of_every_kind_come_back() {
 
 #[tokio::test]
 async fn the_close_codes_of_both_sides_are_kept() {
-    let close = |code: u16, reason: &str| CloseFrame { code: CloseCode::from(code), reason: reason.into() };
+    let close = |code: u16, reason: &str| CloseFrame {
+        code: CloseCode::from(code),
+        reason: reason.into(),
+    };
     let (upstream, _task) = websocket(move |mut socket| async move {
         send(&mut socket, Message::text("the upstream speaks first")).await;
         match next(&mut socket).await {
@@ -135,7 +172,11 @@ async fn the_close_codes_of_both_sides_are_kept() {
     assert!(!response.headers().contains_key("sec-websocket-protocol"));
     assert_eq!(next(&mut socket).await, first);
     socket.close(Some(close(4001, "mine"))).await.expect("it closes");
-    assert_eq!(next(&mut socket).await, Message::Close(Some(close(4001, "mine"))), "answered");
+    assert_eq!(
+        next(&mut socket).await,
+        Message::Close(Some(close(4001, "mine"))),
+        "answered"
+    );
     assert!(within("the end", socket.next()).await.is_none(), "and ended");
     drop(socket);
 
@@ -172,7 +213,11 @@ async fn a_side_that_vanishes_takes_the_other_with_it() {
 
     let (mut socket, _) = connect(line.relay.address, "").await;
     send(&mut socket, Message::text("vanish")).await;
-    assert!(within("the downstream's socket ends", socket.next()).await.is_none_or(|ended| ended.is_err()));
+    assert!(
+        within("the downstream's socket ends", socket.next())
+            .await
+            .is_none_or(|ended| ended.is_err())
+    );
     drop(socket);
     line.relay.stop().await;
 }
@@ -188,7 +233,9 @@ async fn messages_in_flight_survive_cuts_of_the_agents_cable() {
     for round in 0..8 {
         let cuts = proxy.cuts();
         let length = if round % 2 == 0 { 10 } else { 300_000 };
-        let messages: Vec<_> = (0..4).map(|n| Message::binary(harness::pattern(round, n, length))).collect();
+        let messages: Vec<_> = (0..4)
+            .map(|n| Message::binary(harness::pattern(round, n, length)))
+            .collect();
         for message in &messages {
             send(&mut socket, message.clone()).await;
         }
@@ -208,7 +255,8 @@ async fn messages_in_flight_survive_cuts_of_the_agents_cable() {
 async fn an_upstream_that_refuses_the_upgrade_is_heard() {
     let upstream = RawUpstream::start(|mut peer| async move {
         peer.head().await;
-        peer.write("HTTP/1.1 403 Forbidden\r\ncontent-length: 3\r\n\r\nno!").await;
+        peer.write("HTTP/1.1 403 Forbidden\r\ncontent-length: 3\r\n\r\nno!")
+            .await;
         let _ = peer.to_end().await;
     })
     .await;
@@ -245,7 +293,12 @@ async fn what_one_side_says_after_the_other_has_ended_arrives() {
     downstream.head().await;
     downstream.until("bye").await;
     downstream.write(harness::pattern(1, 0, 1_000_000)).await;
-    tokio::io::AsyncWriteExt::shutdown(&mut downstream.stream).await.expect("half-closed");
-    assert_eq!(within("the upstream hears the end", heard_rx.recv()).await, Some((1_000_000, true)));
+    tokio::io::AsyncWriteExt::shutdown(&mut downstream.stream)
+        .await
+        .expect("half-closed");
+    assert_eq!(
+        within("the upstream hears the end", heard_rx.recv()).await,
+        Some((1_000_000, true))
+    );
     line.relay.stop().await;
 }

@@ -53,7 +53,10 @@ async fn over_tls_whose_certificate_is_not_checked_when_told_so() {
         }
     }));
     let to = format!("https://localhost:{port}");
-    assert_eq!(reached(&to, |agent| agent.insecure = true).await, (200, "HTTP/1.1 relay".into()));
+    assert_eq!(
+        reached(&to, |agent| agent.insecure = true).await,
+        (200, "HTTP/1.1 relay".into())
+    );
     let (status, body) = reached(&to, |_| {}).await;
     assert_eq!(status, 502, "a certificate that nobody vouches for: {body:?}");
 }
@@ -70,7 +73,10 @@ async fn over_a_unix_socket() {
     }));
     let to = format!("unix:{}", socket.display());
     assert_eq!(reached(&to, |_| {}).await, (200, "HTTP/1.1 relay".into()));
-    assert_eq!(reached(&to, |agent| agent.host_header = HostHeader::Rewrite).await, (200, "HTTP/1.1 localhost".into()));
+    assert_eq!(
+        reached(&to, |agent| agent.host_header = HostHeader::Rewrite).await,
+        (200, "HTTP/1.1 localhost".into())
+    );
 }
 
 #[tokio::test]
@@ -87,7 +93,10 @@ async fn by_its_own_name_or_any_other() {
     let to = upstream.address.to_string();
     assert_eq!(reached(&to, |_| {}).await, (200, "HTTP/1.1 relay".into()));
     let own = format!("HTTP/1.1 {to}");
-    assert_eq!(reached(&to, |agent| agent.host_header = HostHeader::Rewrite).await, (200, own.into()));
+    assert_eq!(
+        reached(&to, |agent| agent.host_header = HostHeader::Rewrite).await,
+        (200, own.into())
+    );
     let other = |agent: &mut agent::Config| agent.host_header = "other.example".parse().expect("a host");
     assert_eq!(reached(&to, other).await, (200, "HTTP/1.1 other.example".into()));
 }

@@ -121,7 +121,9 @@ where
 {
     let (mut hash, mut length) = (digest::Context::new(&digest::SHA256), 0);
     while let Some(frame) = within("the next piece of a body", body.frame()).await {
-        let Ok(frame) = frame.inspect_err(|error| eprintln!("a body broke off: {error:?}")) else { return Err(length) };
+        let Ok(frame) = frame.inspect_err(|error| eprintln!("a body broke off: {error:?}")) else {
+            return Err(length);
+        };
         if let Ok(data) = frame.into_data() {
             length += data.len() as u64;
             hash.update(&data);

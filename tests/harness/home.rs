@@ -165,7 +165,9 @@ pub async fn whole(response: Response<Incoming>) -> (u16, Bytes) {
 
 /// An HTTP/2 connection with prior knowledge.
 pub async fn http2(address: SocketAddr) -> hyper::client::conn::http2::SendRequest<AnyBody> {
-    let stream = tokio::net::TcpStream::connect(address).await.expect("the relay listens");
+    let stream = tokio::net::TcpStream::connect(address)
+        .await
+        .expect("the relay listens");
     let io = hyper_util::rt::TokioIo::new(stream);
     let (sender, connection) = hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), io)
         .await

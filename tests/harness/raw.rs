@@ -30,10 +30,7 @@ impl Raw {
     }
 
     pub async fn write(&mut self, text: impl AsRef<[u8]>) {
-        self.stream
-            .write_all(text.as_ref())
-            .await
-            .expect("the peer is there");
+        self.stream.write_all(text.as_ref()).await.expect("the peer is there");
     }
 
     /// Reads up to and including `end`.
