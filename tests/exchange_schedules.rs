@@ -194,7 +194,9 @@ impl World {
                     },
                 ));
             }
-            Accepted::Known(exchange) => exchange.on_frame(frame, path),
+            Accepted::Known(exchange) => {
+                exchange.on_frame(frame, path);
+            }
             Accepted::Over(code) => path.send(Frame::Reset(id, code)),
         }
     }

@@ -231,7 +231,9 @@ impl LinkTaker {
                 exchange.on_frame(frame, path);
                 self.host.serve(exchange);
             }
-            Accepted::Known(exchange) => exchange.on_frame(frame, path),
+            Accepted::Known(exchange) => {
+                exchange.on_frame(frame, path);
+            }
             Accepted::Over(code) => path.send(Frame::Reset(*id, code)),
         }
     }

@@ -1,7 +1,7 @@
 //! The host end: reads a request from an exchange, has it served by a function from request to response, and writes the
 //! response. Cancelled at once when the exchange ends.
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, pin::pin, sync::Arc};
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -67,17 +67,20 @@ where
     B: Body<Data = Bytes> + Unpin,
     U: AsyncRead + AsyncWrite,
 {
-    let mut summary = Summary {
-        status: None,
-        broken: None,
+    let mut status = None;
+    let broken = {
+        let mut work = pin!(work(exchange.clone(), keep_trailers, call, &mut status));
+        tokio::select! {
+            biased;
+            result = &mut work => result.err().inspect(|code| exchange.reset(*code)),
+            code = exchange.end_of_it() => match code {
+                // All is here; what came through an upgraded connection may still be on its way to the upstream.
+                Code::Finished => work.await.err().filter(|code| *code != Code::Finished),
+                code => Some(code),
+            },
+        }
     };
-    let work = work(exchange.clone(), keep_trailers, call, &mut summary.status);
-    let broken = tokio::select! {
-        biased;
-        result = work => result.err().inspect(|code| exchange.reset(*code)),
-        code = exchange.end_of_it() => Some(code).filter(|code| *code != Code::Finished),
-    };
-    Summary { broken, ..summary }
+    Summary { status, broken }
 }
 
 async fn work<F, Fut, B, U>(

@@ -144,6 +144,7 @@ impl Ingress {
                     });
                 }
                 _ => {
+                    open.exchange.set_answer_within(None);
                     return Ok(Answer {
                         head,
                         records,

@@ -220,6 +220,19 @@ impl Exchange {
         self.state().tx.finish();
     }
 
+    /// Waits until the peer has all of the finished outgoing stream, or the exchange ended. For whoever wrote it.
+    pub async fn delivered(&self) {
+        std::future::poll_fn(|cx| {
+            let mut state = self.state();
+            if state.tx.is_done() || state.ended.is_some() {
+                return Poll::Ready(());
+            }
+            state.writer = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// Takes a turn on the path for what was written.
     pub fn flush(self: &Arc<Self>) {
         let mut state = self.state();
@@ -279,16 +292,17 @@ impl Exchange {
 
     // --- frames in --------------------------------------------------------------------------------------------------
 
-    /// Takes in a frame of this exchange that came on `path`.
-    pub fn on_frame(self: &Arc<Self>, frame: Frame, path: &Arc<Path>) {
+    /// Takes in a frame of this exchange that came on `path`. True when the exchange followed its peer to that path.
+    pub fn on_frame(self: &Arc<Self>, frame: Frame, path: &Arc<Path>) -> bool {
         let now = self.clock.now();
         let mut wakes = Wakes::default();
         let mut state = self.state();
         if state.ended.is_some() {
-            return;
+            return false;
         }
-        let followed = matches!(&frame, Frame::Ack(_, ack) if ack.moved);
-        if (state.path.is_none() || (followed && !state.is_on(path))) && !path.is_closed() {
+        let moved = matches!(&frame, Frame::Ack(_, ack) if ack.moved);
+        let follows = (state.path.is_none() || (moved && !state.is_on(path))) && !path.is_closed();
+        if follows {
             self.move_to(&mut state, path, now);
         }
         state.heard_at = now;
@@ -306,6 +320,7 @@ impl Exchange {
             Frame::Done(_) => self.end(&mut state, Code::Finished, false, &mut wakes),
             _ => {}
         }
+        follows
     }
 
     fn on_chunk(self: &Arc<Self>, state: &mut State, chunk: Chunk<Bytes>, now: Duration, wakes: &mut Wakes) {
@@ -337,7 +352,7 @@ impl Exchange {
         if state.tx.has_chunk() {
             self.queue_turn(state);
         }
-        if state.tx.capacity() > 0 {
+        if state.tx.capacity() > 0 || state.tx.is_done() {
             wakes.add(&mut state.writer);
         }
     }

@@ -174,11 +174,11 @@ impl Exchanges {
         if exchange.owner != path.owner {
             return Err(NotYours);
         }
-        exchange.on_frame(frame, path);
+        let followed = exchange.on_frame(frame, path);
         if exchange.role == Role::Host && exchange.ended().is_some() {
             self.remove(&exchange);
         }
-        Ok(Taken::Known)
+        Ok(if followed { Taken::Moved } else { Taken::Known })
     }
 
     fn all(&self) -> Vec<Arc<Exchange>> {
@@ -275,6 +275,8 @@ impl Exchanges {
 pub enum Taken {
     /// It did.
     Known,
+    /// It did, and the exchange goes on over the path that it came on.
+    Moved,
     /// Nobody knows the exchange; whoever sent the frame was told.
     Unknown,
 }

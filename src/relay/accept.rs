@@ -258,14 +258,11 @@ impl Taker for RelayTaker {
         match &frame {
             Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) => {
                 let id = *id;
-                if self
-                    .state
-                    .exchanges
-                    .on_frame(id, frame, path)
-                    .map_err(|NotYours| LinkEnd::Foreign)?
-                    == Taken::Unknown
-                {
-                    self.state.metrics.frame_dropped(FrameDrop::UnknownExchange);
+                let taken = self.state.exchanges.on_frame(id, frame, path);
+                match taken.map_err(|NotYours| LinkEnd::Foreign)? {
+                    Taken::Known => {}
+                    Taken::Moved => self.state.metrics.exchanges_moved(1),
+                    Taken::Unknown => self.state.metrics.frame_dropped(FrameDrop::UnknownExchange),
                 }
                 Ok(())
             }

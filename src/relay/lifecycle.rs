@@ -197,6 +197,8 @@ fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
         .filter(|tunnel| doomed(tunnel))
         .collect();
     let owners: HashSet<_> = tunnels.iter().map(|tunnel| tunnel.path.owner.clone()).collect();
+    // What is tried again must not come back to them.
+    tunnels.iter().for_each(|tunnel| tunnel.path.set_leaving());
     state.exchanges.reset_owners(&owners, Code::PathLost);
     for tunnel in tunnels {
         tracing::info!(client.id = %tunnel.path.owner.client_id, tunnel.id = %tunnel.id, "its token was revoked: closing the tunnel");

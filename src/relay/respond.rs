@@ -203,6 +203,11 @@ fn upgrade(
             return tracing::warn!(request.id = %request_id, "a downstream sent bytes before its upgrade was accepted: closed");
         }
         let ended = tunnel(parts.io.into_inner(), records, open.exchange.clone()).await;
+        match ended {
+            // What the downstream said last is not acknowledged yet.
+            Ok(()) => open.exchange.delivered().await,
+            Err(code) => open.exchange.reset(code),
+        }
         if let Some(mut record) = record {
             record.outcome = ended.map_or_else(outcome_of, |()| Outcome::Ok);
         }

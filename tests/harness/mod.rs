@@ -1,7 +1,11 @@
 //! What the stories are told with: a relay, agents and upstreams of their own, on free ports, gone when dropped.
 #![allow(dead_code, reason = "each story uses its part")]
 
+pub mod bodies;
+pub mod by_hand;
+pub mod home;
 pub mod proxy;
+pub mod raw;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -19,6 +23,7 @@ use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{broadcast, oneshot},
 };
@@ -218,6 +223,12 @@ impl TestAgent {
         within("the agent leaves", self.task).await.expect("no panic");
     }
 
+    /// Says goodbye, and ends what is in flight.
+    pub async fn end_now(self) {
+        self.shutdown.end_now();
+        within("the agent leaves", self.task).await.expect("no panic");
+    }
+
     /// Ends like a killed process: no goodbye.
     pub async fn kill(self) {
         self.task.abort();
@@ -253,18 +264,7 @@ impl TestUpstream {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 stream.set_nodelay(true).ok();
-                let serve = serve.clone();
-                connections.spawn(async move {
-                    let service = service_fn(move |request| {
-                        let answer = serve(request);
-                        async move { Ok::<_, AnyError>(answer.await) }
-                    });
-                    let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-                    builder
-                        .serve_connection_with_upgrades(TokioIo::new(stream), service)
-                        .await
-                        .ok();
-                });
+                connections.spawn(serve_connection(stream, serve.clone()));
             }
         });
         Self {
@@ -290,6 +290,22 @@ impl TestUpstream {
         })
         .await
     }
+}
+
+/// Serves one connection of an upstream, until it ends.
+pub async fn serve_connection<S, F, Fut>(stream: S, serve: F)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Fn(Request<Incoming>) -> Fut + Clone + Send + Sync + 'static,
+    Fut: Future<Output = Response<AnyBody>> + Send + 'static,
+{
+    let service = service_fn(move |request| {
+        let answer = serve(request);
+        async move { Ok::<_, AnyError>(answer.await) }
+    });
+    let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    connection.await.ok();
 }
 
 /// Bytes that tell where they belong: any crossing or loss is seen.

@@ -21,6 +21,8 @@ enum Weather {
     Fair,
     /// Nothing passes, nothing is closed: the laptop's network is gone.
     Frozen,
+    /// The same, for the connections up to this number only: one tunnel is half-open, later ones are fine.
+    FrozenTo(u64),
 }
 
 struct Shared {
@@ -29,9 +31,12 @@ struct Shared {
     /// Counts up; connections of an earlier generation are reset.
     generation: watch::Sender<u64>,
     refuse: AtomicBool,
+    /// Connections so far: the first is 1.
+    connections: AtomicU64,
     /// Resets a connection once it has carried this many bytes; 0: never.
     cut_after: AtomicU64,
     carried: AtomicU64,
+    held_back: AtomicU64,
     cuts: AtomicU64,
 }
 
@@ -51,8 +56,10 @@ impl FaultProxy {
             weather: watch::Sender::new(Weather::Fair),
             generation: watch::Sender::new(0),
             refuse: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
             cut_after: AtomicU64::new(0),
             carried: AtomicU64::new(0),
+            held_back: AtomicU64::new(0),
             cuts: AtomicU64::new(0),
         });
         let task = tokio::spawn(accept(listener, shared.clone()));
@@ -81,6 +88,21 @@ impl FaultProxy {
     /// Stops forwarding, silently, on all connections and new ones.
     pub fn freeze(&self) {
         self.shared.weather.send_replace(Weather::Frozen);
+    }
+
+    /// Stops forwarding, silently, on the first connections, counted from 1.
+    pub fn freeze_first(&self, connections: u64) {
+        self.shared.weather.send_replace(Weather::FrozenTo(connections));
+    }
+
+    /// Connections that were accepted so far.
+    pub fn connections(&self) -> u64 {
+        self.shared.connections.load(Ordering::SeqCst)
+    }
+
+    /// Bytes that were held back by a freeze so far: proof that it was felt.
+    pub fn held_back(&self) -> u64 {
+        self.shared.held_back.load(Ordering::SeqCst)
     }
 
     /// Forwards again.
@@ -134,12 +156,15 @@ async fn forward(agent: TcpStream, shared: Arc<Shared>) {
     generation.mark_unchanged();
     let (mut from_agent, mut to_agent) = tokio::io::split(agent);
     let (mut from_relay, mut to_relay) = tokio::io::split(relay);
-    let carried = AtomicU64::new(0);
+    let connection = Connection {
+        number: shared.connections.fetch_add(1, Ordering::SeqCst) + 1,
+        carried: AtomicU64::new(0),
+    };
     let cut = {
         let both = async {
             tokio::try_join!(
-                pipe(&mut from_agent, &mut to_relay, &shared, &carried),
-                pipe(&mut from_relay, &mut to_agent, &shared, &carried),
+                pipe(&mut from_agent, &mut to_relay, &shared, &connection),
+                pipe(&mut from_relay, &mut to_agent, &shared, &connection),
             )
         };
         tokio::select! {
@@ -154,10 +179,15 @@ async fn forward(agent: TcpStream, shared: Arc<Shared>) {
     }
 }
 
+struct Connection {
+    number: u64,
+    carried: AtomicU64,
+}
+
 /// The connection has carried its bytes and is to be reset.
 struct Cut;
 
-async fn pipe<R, W>(from: &mut R, to: &mut W, shared: &Shared, carried: &AtomicU64) -> Result<(), Cut>
+async fn pipe<R, W>(from: &mut R, to: &mut W, shared: &Shared, connection: &Connection) -> Result<(), Cut>
 where
     R: tokio::io::AsyncRead + Unpin,
     W: tokio::io::AsyncWrite + Unpin,
@@ -168,13 +198,21 @@ where
         let Ok(length) = from.read(&mut buffer).await else {
             return Ok(());
         };
+        let passes = |weather: &Weather| match weather {
+            Weather::Fair => true,
+            Weather::Frozen => false,
+            Weather::FrozenTo(last) => connection.number > *last,
+        };
+        if !passes(&weather.borrow()) {
+            shared.held_back.fetch_add(length as u64, Ordering::SeqCst);
+        }
+        weather.wait_for(passes).await.ok();
         if length == 0 {
             to.shutdown().await.ok();
             return Ok(());
         }
-        weather.wait_for(|weather| *weather == Weather::Fair).await.ok();
         let limit = shared.cut_after.load(Ordering::SeqCst);
-        let before = carried.fetch_add(length as u64, Ordering::SeqCst);
+        let before = connection.carried.fetch_add(length as u64, Ordering::SeqCst);
         let length = if limit == 0 {
             length
         } else {
