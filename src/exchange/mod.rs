@@ -482,7 +482,10 @@ impl Exchange {
             self.end(&mut state, code, true, &mut wakes);
             return Wants::Nothing;
         }
-        if state.path.is_none() {
+        // It may have come to the path just as that was closed, when nobody looked for it there any more.
+        if state.path.as_ref().is_none_or(|held| held.0.is_closed()) {
+            state.path = None;
+            state.cut_at.get_or_insert(now);
             return Wants::Path;
         }
         let asks = state.tx.on_tick(now) | state.asks_if_idle(now);
