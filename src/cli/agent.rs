@@ -127,8 +127,10 @@ impl Printer {
             } => {
                 let status = status.map_or_else(|| "---".to_owned(), |status| status.to_string());
                 let broken = broken.map(|code| format!("  broke off: {code:?}")).unwrap_or_default();
+                // A query may hold credentials.
+                let path = target.split('?').next().unwrap_or_default();
                 let line = format!(
-                    "{method} {target}  {status}  {bytes} B  {} ms{broken}",
+                    "{method} {path}  {status}  {bytes} B  {} ms{broken}",
                     duration.as_millis()
                 );
                 let _ = writeln!(std::io::stdout(), "{}", line.replace(char::is_control, "?"));
