@@ -7,6 +7,10 @@ const KEPT: [HeaderName; 3] = [header::HOST, header::AUTHORIZATION, header::COOK
 
 /// Removes what concerns one connection only (RFC 9110 §7.6.1), and what `Connection` names. `TE: trailers` stays.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    // The length that was beside it does not count (RFC 9112 §6.3), and must not outlive it.
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     if let Some(named) = headers.contains_key(header::CONNECTION).then(|| nominated(headers)) {
         named
             .into_iter()
