@@ -60,6 +60,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
 pub(super) struct Dialed {
     pub socket: FrameSocket<Box<dyn Connection>>,
     pub hello: RelayHello,
+    /// What the relay said right behind its hello.
+    pub first: Vec<Frame>,
 }
 
 /// Opens tunnels for one agent.
@@ -115,11 +117,11 @@ impl Dialer {
             .map_err(|error| DialError::Unreachable(self.relay.clone(), error))?;
         let io = self.handshake(io).await?;
         let mut socket = FrameSocket::new(io, Side::Agent).await;
-        let hello = self
+        let (hello, first) = self
             .greet(&mut socket, slot)
             .await
             .map_err(|why| DialError::NotARelay(self.relay.clone(), why))?;
-        Ok(Dialed { socket, hello })
+        Ok(Dialed { socket, hello, first })
     }
 
     async fn connect(&self) -> std::io::Result<Box<dyn Connection>> {
@@ -178,7 +180,12 @@ impl Dialer {
         }
     }
 
-    async fn greet(&self, socket: &mut FrameSocket<Box<dyn Connection>>, slot: u32) -> Result<RelayHello, String> {
+    /// The relay's hello, and the frames that came in one message with it.
+    async fn greet(
+        &self,
+        socket: &mut FrameSocket<Box<dyn Connection>>,
+        slot: u32,
+    ) -> Result<(RelayHello, Vec<Frame>), String> {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let mut message = BytesMut::new();
         hello::to_frame(&AgentHello {
@@ -192,10 +199,11 @@ impl Dialer {
             Some(message) => message.map_err(|error| error.to_string())?,
             None => return Err("it closed the connection without a hello".into()),
         };
-        match Frame::decode(&mut message) {
-            Ok(Some(Frame::Hello(json))) => hello::from_json(&json),
-            _ => Err("its first message is no hello".into()),
-        }
+        let Ok(Some(Frame::Hello(json))) = Frame::decode(&mut message) else {
+            return Err("its first message is no hello".into());
+        };
+        let rest: Result<Vec<Frame>, _> = std::iter::from_fn(|| Frame::decode(&mut message).transpose()).collect();
+        Ok((hello::from_json(&json)?, rest.map_err(|error| error.to_string())?))
     }
 }
 

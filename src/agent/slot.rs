@@ -12,7 +12,7 @@ use super::{
     host::{Host, Told},
 };
 use crate::exchange::{
-    link::{KeepAlive, LinkEnd, drive},
+    link::{KeepAlive, LinkEnd, Taker, drive},
     path::Path,
 };
 
@@ -26,7 +26,7 @@ const YOUNG: Duration = Duration::from_secs(60);
 const LONG_PAUSE: Duration = Duration::from_secs(15);
 /// After a refusal that a person has to mend.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
-/// After a newer tunnel took over: two that fight would otherwise take turns for ever.
+/// After a newer tunnel took over, at least: two that fight would otherwise take turns for ever.
 const SUPERSEDED_PAUSE: Duration = Duration::from_secs(30);
 
 /// Holds the tunnel of `slot` until the task is dropped.
@@ -44,8 +44,9 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
                     mut task,
                 } = start(&host, dialed, slot);
                 outage = Outage::default();
+                // What the relay said comes before how the link ended: it closes the link right after.
                 tokio::select! {
-                    end = &mut task => (why(end), outage.pause()),
+                    biased;
                     told = told.changed_to_leave() => match told {
                         Told::Drain => {
                             tracing::info!(tunnel.slot = slot, "the relay node is leaving: opening a tunnel elsewhere");
@@ -54,9 +55,10 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
                         }
                         _ => {
                             path.close();
-                            ("a newer tunnel of this agent took over".into(), jittered(SUPERSEDED_PAUSE))
+                            ("a newer tunnel of this agent took over".into(), superseded_pause())
                         }
                     },
+                    end = &mut task => (why(end), outage.pause()),
                 }
             }
             Err(error @ DialError::Unauthorized(..)) => (error.to_string(), jittered(REFUSED_PAUSE)),
@@ -91,7 +93,7 @@ struct Link {
 }
 
 fn start(host: &Arc<Host>, dialed: Dialed, slot: u32) -> Link {
-    let Dialed { socket, hello } = dialed;
+    let Dialed { socket, hello, first } = dialed;
     let keep_alive = KeepAlive {
         interval: Duration::from_millis(hello.ping_interval_ms.clamp(1000, 60_000)),
         timeout: Duration::from_millis(hello.ping_timeout_ms.clamp(1000, 60_000)),
@@ -104,7 +106,11 @@ fn start(host: &Arc<Host>, dialed: Dialed, slot: u32) -> Link {
     });
     let (host, link) = (host.clone(), path.clone());
     let task = tokio::spawn(async move {
-        let end = drive(socket, link.clone(), &taker, keep_alive).await;
+        let taken = first.into_iter().try_for_each(|frame| taker.on_frame(frame, &link));
+        let end = match taken {
+            Ok(()) => drive(socket, link.clone(), &taker, keep_alive).await,
+            Err(end) => end,
+        };
         host.link_lost(&link);
         end
     });
@@ -149,6 +155,11 @@ impl Outage {
     }
 }
 
+/// Never less than [`SUPERSEDED_PAUSE`].
+fn superseded_pause() -> Duration {
+    SUPERSEDED_PAUSE + jittered(SUPERSEDED_PAUSE)
+}
+
 /// Between half and all of it over one, so that many agents do not come back at once.
 fn jittered(pause: Duration) -> Duration {
     pause
@@ -159,6 +170,11 @@ fn jittered(pause: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_superseded_stays_away_for_half_a_minute() {
+        assert!((0..100).all(|_| superseded_pause() >= Duration::from_secs(30)));
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_young_outage_is_retried_within_two_seconds() {

@@ -139,8 +139,10 @@ impl Printer {
                 let broken = broken
                     .map(|code| format!("  broke off: {}", why(code)))
                     .unwrap_or_default();
+                // A query may hold credentials.
+                let path = target.split('?').next().unwrap_or_default();
                 let line = format!(
-                    "{method} {target}  {status}  {bytes} B  {} ms{broken}",
+                    "{method} {path}  {status}  {bytes} B  {} ms{broken}",
                     duration.as_millis()
                 );
                 self.lines.print(line.replace(char::is_control, "?"));
