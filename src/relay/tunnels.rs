@@ -52,22 +52,12 @@ pub struct Tunnels {
 }
 
 /// What is known here of one client.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Held {
     tunnels: Vec<Arc<Tunnel>>,
     /// When the last of them left, if none is here.
     left_at: Option<Instant>,
     came: Arc<Notify>,
-}
-
-impl Default for Held {
-    fn default() -> Self {
-        Self {
-            tunnels: Vec::new(),
-            left_at: None,
-            came: Arc::default(),
-        }
-    }
 }
 
 /// A client holds as many tunnels as it may.

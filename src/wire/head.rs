@@ -201,6 +201,7 @@ impl RecordReader {
     }
 
     /// The next record, as far as its bytes are here.
+    #[expect(clippy::should_implement_trait, reason = "None is not its end: more bytes may come")]
     pub fn next(&mut self) -> Result<Option<Record>, HeadError> {
         loop {
             if self.data_left > 0 {
