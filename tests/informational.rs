@@ -37,7 +37,7 @@ async fn early_hints_arrive_before_the_answer() {
                 .await;
             hinted.notified().await;
             peer.write("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
-            let _ = peer.to_end().await;
+            let _ = peer.rest().await;
         }
     })
     .await;
@@ -68,7 +68,7 @@ async fn an_upstream_that_says_continue_gets_the_body() {
         peer.write("HTTP/1.1 100 Continue\r\n\r\n").await;
         peer.until("hello").await;
         peer.write("HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nread").await;
-        let _ = peer.to_end().await;
+        let _ = peer.rest().await;
     })
     .await;
     let (relay, _agent) = before(&upstream).await;
@@ -88,7 +88,7 @@ async fn an_upstream_that_refuses_never_gets_the_body() {
         peer.head().await;
         peer.write("HTTP/1.1 417 Expectation Failed\r\ncontent-length: 2\r\n\r\nno")
             .await;
-        let (rest, _) = peer.to_end().await;
+        let (rest, _) = peer.rest().await;
         assert!(!rest.windows(5).any(|seen| seen == b"hello"), "the body came");
     })
     .await;
@@ -129,7 +129,7 @@ async fn an_upstream_that_says_nothing_gets_the_body_after_a_while() {
         peer.head().await;
         peer.until("hello").await;
         peer.write("HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nread").await;
-        let _ = peer.to_end().await;
+        let _ = peer.rest().await;
     })
     .await;
     let (relay, _agent) = before(&upstream).await;
