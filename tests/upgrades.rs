@@ -126,7 +126,7 @@ async fn messages_of_every_kind_come_back() {
     let line = line(upstream).await;
     let (mut socket, response) = connect(line.relay.address, "chat.v1, chat.v2").await;
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
-    let long = Bytes::from(harness::pattern(1, 0, 1 << 20));
+    let long = harness::pattern(1, 0, 1 << 20);
     for message in [
         Message::text("grüße"),
         Message::binary(long),
