@@ -42,7 +42,7 @@ async fn begun(home: &Home, version: &str, declared: bool) -> (Raw, bodies::Body
 
 /// Whether a body that the connection's end or its framing delimits was seen to break.
 async fn breaks(kind: &str, mut downstream: Raw) {
-    let (rest, end) = downstream.to_end().await;
+    let (rest, end) = downstream.rest().await;
     assert!(
         !rest.windows(5).any(|seen| seen == b"0\r\n\r\n"),
         "{kind}: a clean last chunk"

@@ -127,19 +127,3 @@ async fn a_post_that_broke_is_not() {
     assert_eq!(home.calls.waiting().await, 0);
     home.relay.stop().await;
 }
-
-#[tokio::test]
-async fn a_streamed_get_that_broke_before_its_head_is_not_repeated() {
-    let home = Home::start().await;
-    let answer = home.get("/");
-    drop_connection(home.calls.next().await);
-    home.relay.shutdown.is_draining();
-    drop(answer);
-    home.works().await;
-    assert_eq!(home.calls.waiting().await, 0);
-    home.relay.stop().await;
-}
-
-fn drop_connection(call: harness::home::Call) {
-    call.answer(Response::builder().status(500).body(full("")).expect("a response"));
-}

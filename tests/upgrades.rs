@@ -126,7 +126,7 @@ async fn messages_of_every_kind_come_back() {
     let line = line(upstream).await;
     let (mut socket, response) = connect(line.relay.address, "chat.v1, chat.v2").await;
     assert_eq!(response.headers()["sec-websocket-protocol"], "chat.v2");
-    let long = Bytes::from(harness::pattern(1, 0, 1 << 20));
+    let long = harness::pattern(1, 0, 1 << 20);
     for message in [
         Message::text("grüße"),
         Message::binary(long),
@@ -257,7 +257,7 @@ async fn an_upstream_that_refuses_the_upgrade_is_heard() {
         peer.head().await;
         peer.write("HTTP/1.1 403 Forbidden\r\ncontent-length: 3\r\n\r\nno!")
             .await;
-        let _ = peer.to_end().await;
+        let _ = peer.rest().await;
     })
     .await;
     let line = line(upstream.address).await;
@@ -282,7 +282,7 @@ async fn what_one_side_says_after_the_other_has_ended_arrives() {
             peer.head().await;
             peer.write("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\nbye").await;
             tokio::io::AsyncWriteExt::shutdown(&mut peer.stream).await.expect("half-closed");
-            let (rest, end) = peer.to_end().await;
+            let (rest, end) = peer.rest().await;
             heard.send((rest.len(), end.is_ok())).await.ok();
         }
     })

@@ -56,8 +56,7 @@ impl BodyWriter {
 
     /// Writes a long body, as fast as it is read, then ends it.
     pub async fn write_long(self, seed: u64, length: u64) {
-        let mut pieces = Pieces::new(seed, length);
-        while let Some(piece) = pieces.next() {
+        for piece in Pieces::new(seed, length) {
             if !self.write(piece).await {
                 return;
             }

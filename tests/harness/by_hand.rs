@@ -52,7 +52,7 @@ impl Raw {
     }
 
     /// Reads to the connection's end. `Err` when it was reset.
-    pub async fn to_end(&mut self) -> (Vec<u8>, std::io::Result<()>) {
+    pub async fn rest(&mut self) -> (Vec<u8>, std::io::Result<()>) {
         let read = within("the end of a connection", self.stream.read_to_end(&mut self.seen)).await;
         (std::mem::take(&mut self.seen), read.map(|_| ()))
     }
