@@ -136,4 +136,5 @@ pub mod relay;
 pub mod secret;
 pub mod shutdown;
 pub mod telemetry;
+mod tls;
 pub mod wire;

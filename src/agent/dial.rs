@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
 
-use super::{AgentError, Config};
+use super::Config;
 use crate::{
     config::RelayUrl,
     ids::{ClientId, InstanceId},
@@ -71,19 +71,6 @@ pub(super) struct Dialer {
     token: Secret,
     tls: Arc<rustls::ClientConfig>,
     instance_id: InstanceId,
-}
-
-/// TLS toward relays, trusting the system's roots.
-pub(super) fn tls_config() -> Result<Arc<rustls::ClientConfig>, AgentError> {
-    use hyper_rustls::ConfigBuilderExt;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| AgentError::Invalid(error.to_string()))?
-        .with_native_roots()
-        .map_err(AgentError::Certificates)?
-        .with_no_client_auth();
-    Ok(Arc::new(config))
 }
 
 impl Dialer {

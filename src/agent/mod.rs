@@ -45,6 +45,7 @@ use crate::{
     ids::{ClientId, NodeId},
     secret::Secret,
     shutdown::Shutdown,
+    tls,
 };
 
 /// Tunnels an agent may hold: a few, on as many nodes, are enough (Teleport RFD 69 tells of the others).
@@ -91,7 +92,7 @@ pub enum AgentError {
     #[error("{0}")]
     Invalid(String),
     /// The system's certificates cannot be read.
-    #[error("the system's root certificates cannot be read: {0}")]
+    #[error("https:// needs this machine's root certificates (install ca-certificates): {0}")]
     Certificates(std::io::Error),
 }
 
@@ -156,9 +157,13 @@ impl Agent {
                 "the token is empty or has characters that no token has".into(),
             ));
         }
-        let tls = dial::tls_config()?;
+        let tls = tls::client_config(config.relay.tls).map_err(AgentError::Certificates)?;
         let caller = upstream::Caller::new(&config)?;
-        Ok(Self { config, tls, caller })
+        Ok(Self {
+            config,
+            tls: Arc::new(tls),
+            caller,
+        })
     }
 
     /// Holds the tunnels and serves requests until `shutdown` says to drain: then the relay is asked for no more, what is

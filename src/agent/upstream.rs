@@ -69,7 +69,8 @@ impl Caller {
             HostHeader::Rewrite => HeaderValue::try_from(upstream.authority().as_str()).ok(),
             HostHeader::Literal(host) => Some(host.clone()),
         };
-        let tls = tls(config.insecure)?;
+        let https = matches!(upstream, UpstreamUrl::Https(_));
+        let tls = tls(https, config.insecure)?;
         let connector = || {
             hyper_rustls::HttpsConnectorBuilder::new()
                 .with_tls_config(tls.clone())
@@ -209,9 +210,8 @@ async fn upgraded(mut response: Response<Incoming>, key: Option<HeaderValue>) ->
     ))
 }
 
-fn tls(insecure: bool) -> Result<rustls::ClientConfig, AgentError> {
-    let config = super::dial::tls_config()?;
-    let mut config = rustls::ClientConfig::clone(&config);
+fn tls(https: bool, insecure: bool) -> Result<rustls::ClientConfig, AgentError> {
+    let mut config = crate::tls::client_config(https && !insecure).map_err(AgentError::Certificates)?;
     if insecure {
         let any = AnyCertificate(config.crypto_provider().clone());
         config.dangerous().set_certificate_verifier(Arc::new(any));

@@ -1,6 +1,6 @@
 //! The relay's admin API as the subcommands use it: one call, and errors that say what to do.
 
-use std::{error::Error as StdError, io, io::Write, sync::Arc, time::Duration};
+use std::{error::Error as StdError, io, io::Write, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
@@ -10,11 +10,10 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
 use serde_json::Value;
 use tokio::time::timeout;
 
-use crate::{error::ADIT_ERROR, relay::admin::ADIT_API, secret::Secret};
+use crate::{error::ADIT_ERROR, relay::admin::ADIT_API, secret::Secret, tls};
 
 /// From the first packet to the last byte; the slowest call stretches a password, which takes 0.1 s.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -133,7 +132,7 @@ impl AdminApi {
             _ => return Err(ApiError::BadUrl(args.relay)),
         };
         let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(tls(https)?)
+            .with_tls_config(tls::client_config(https).map_err(ApiError::Roots)?)
             .https_or_http()
             .enable_http1()
             .build();
@@ -211,20 +210,10 @@ impl AdminApi {
 }
 
 /// This machine's certificate authorities, but only where they are needed: a container may have none.
-fn tls(https: bool) -> Result<ClientConfig, ApiError> {
-    use hyper_rustls::ConfigBuilderExt;
-    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| ApiError::Roots(io::Error::other(error)))?;
-    let config = match https {
-        true => config.with_native_roots().map_err(ApiError::Roots)?,
-        false => config.with_root_certificates(RootCertStore::empty()),
-    };
-    Ok(config.with_no_client_auth())
-}
-
 #[cfg(test)]
 pub(super) mod tests {
+    use std::sync::Arc;
+
     use axum::{Router, body::Body};
     use hyper::{server::conn::http1, service::service_fn};
     use hyper_util::rt::TokioIo;
