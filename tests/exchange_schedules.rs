@@ -328,7 +328,7 @@ fn exchanges_survive_every_schedule() {
         Ok(seed) => vec![seed.parse().expect("ADIT_SEED is a number")],
         Err(_) => (0..SEEDS).collect(),
     };
-    let mut faults = (0, 0);
+    let (mut faults, all) = ((0, 0), seeds.len() > 1);
     for seed in seeds {
         println!("ADIT_SEED={seed}");
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -339,7 +339,7 @@ fn exchanges_survive_every_schedule() {
         faults = (faults.0 + cuts, faults.1 + lost);
     }
     assert!(
-        faults.0 > 0 && faults.1 > 0,
+        !all || (faults.0 > 0 && faults.1 > 0),
         "the schedules cut tunnels and lost frames: {faults:?}"
     );
 }

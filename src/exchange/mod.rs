@@ -41,6 +41,8 @@ use crate::{
 
 /// An exchange that hears nothing asks after this long whether the other end still knows it.
 const IDLE_PROBE: Duration = Duration::from_secs(15);
+/// A host that was heard and then knows the exchange no more is believed after this long.
+const GONE_AFTER: Duration = Duration::from_secs(1);
 /// Without an answer for this long, another path is tried if there is one (DESIGN.md §3.1).
 const REROUTE_AFTER: Duration = Duration::from_secs(2);
 
@@ -103,6 +105,8 @@ struct State {
     active_at: Duration,
     /// The last time that the peer was heard, or asked whether it is there.
     heard_at: Duration,
+    /// Since when the host says nothing but that it does not know the exchange.
+    gone_since: Option<Duration>,
     /// How often another path was tried since bytes moved: each time waits twice as long.
     reroutes: u32,
     /// No response head within this long of the last progress: the exchange is reset.
@@ -308,6 +312,7 @@ impl Exchange {
         state.heard_at = now;
         if !matches!(frame, Frame::Reset(_, Code::Gone)) {
             state.confirmed = true;
+            state.gone_since = None;
         }
         match frame {
             Frame::Open(_, chunk) | Frame::Stream(_, chunk) => self.on_chunk(&mut state, chunk, now, &mut wakes),
@@ -357,13 +362,19 @@ impl Exchange {
         }
     }
 
-    /// The peer does not know the exchange: its OPEN was lost, unless it was heard before. Else it is over.
+    /// The host does not know the exchange. Its OPEN was lost, if it was never heard; else a frame may have overtaken the
+    /// OPEN on another path: it is asked again, and gone if it says nothing else for a while. Any other code ends it.
     fn on_reset(self: &Arc<Self>, state: &mut State, code: Code, now: Duration, wakes: &mut Wakes) {
-        if code == Code::Gone && self.role == Role::Ingress && !state.confirmed {
+        if code != Code::Gone || self.role == Role::Host {
+            return self.end(state, code, false, wakes);
+        }
+        if state.confirmed {
+            state.gone_since.get_or_insert(now);
+            state.tx.ask();
+            self.queue_urgent(state);
+        } else {
             state.tx.path_changed(now);
             self.queue_turn(state);
-        } else {
-            self.end(state, code, false, wakes);
         }
     }
 
@@ -513,6 +524,9 @@ impl State {
     fn overdue(&self, now: Duration, resume_timeout: Duration) -> Option<Code> {
         if self.cut_at.is_some_and(|at| now.saturating_sub(at) >= resume_timeout) {
             return Some(Code::PathLost);
+        }
+        if self.gone_since.is_some_and(|since| now.saturating_sub(since) >= GONE_AFTER) {
+            return Some(Code::Gone);
         }
         let quiet = now.saturating_sub(self.active_at);
         self.answer_within
