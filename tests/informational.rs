@@ -8,8 +8,8 @@ use adit::cluster::registry::NewAuth;
 use bytes::Bytes;
 use harness::{
     TestAgent, TestRelay, bodies,
-    home::ask,
     by_hand::{Raw, RawUpstream},
+    home::ask,
     send, within,
 };
 use http::{Method, StatusCode};

@@ -428,7 +428,7 @@ impl Exchange {
     }
 
     /// Writes one frame of the outgoing stream, of at most `room` bytes of payload; true when there is more, and another turn is due.
-    fn write_turn(&self, path: &Arc<Path>, message: &mut BytesMut, room: usize) -> bool {
+    fn write_turn(self: &Arc<Self>, path: &Arc<Path>, message: &mut BytesMut, room: usize) -> bool {
         let mut state = self.state();
         if !state.is_on(path) {
             return false;
@@ -439,6 +439,9 @@ impl Exchange {
                 offset => frame::stream_header(message, self.id, offset, chunk.data, chunk.fin),
             }
             state.tx.copy(&chunk, message);
+        }
+        if state.tx.has_probe() {
+            self.queue_urgent(&mut state);
         }
         state.in_turns = state.tx.has_chunk();
         state.in_turns
@@ -525,7 +528,10 @@ impl State {
         if self.cut_at.is_some_and(|at| now.saturating_sub(at) >= resume_timeout) {
             return Some(Code::PathLost);
         }
-        if self.gone_since.is_some_and(|since| now.saturating_sub(since) >= GONE_AFTER) {
+        if self
+            .gone_since
+            .is_some_and(|since| now.saturating_sub(since) >= GONE_AFTER)
+        {
             return Some(Code::Gone);
         }
         let quiet = now.saturating_sub(self.active_at);

@@ -34,6 +34,9 @@ pub const ACK_DELAY: Duration = Duration::from_millis(100);
 /// A window grows to this at most, bytes: 40 MiB/s over 50 ms of round trip, with the sender a quarter of a window
 /// behind its grants.
 pub const MAX_WINDOW: u64 = 4 * 1024 * 1024;
+/// On a new path so much is sent before the receiver is heard, bytes, then twice as much each time: a path that breaks
+/// again at once has then carried news, not only a window's worth of what is lost with it.
+const FIRST_FLIGHT: u64 = 16 * 1024;
 /// Pieces that wait behind a gap; what comes beyond them is dropped and asked for again.
 const MAX_EARLY: usize = 256;
 /// Gaps a sender remembers to fill at once; beyond it the neighbours are joined, and some bytes go twice.
@@ -95,6 +98,8 @@ pub struct Sender {
     /// To be sent again: disjoint, ascending, all within `acked..sent`.
     lost: VecDeque<Range<u64>>,
     stopped: bool,
+    /// On a path that has not proved itself yet: what may still be sent before the receiver is heard.
+    flight: Option<Flight>,
     /// Since when news is awaited: something is on its way, or credit is wanted.
     waits_since: Option<Duration>,
     /// When to ask for it, and how long to wait after that.
@@ -102,6 +107,12 @@ pub struct Sender {
     pause: Duration,
     probe: Option<Probe>,
     last_probe: u8,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Flight {
+    size: u64,
+    left: u64,
 }
 
 /// A question that has no answer yet.
@@ -124,6 +135,7 @@ impl Default for Sender {
             max_data: INITIAL_WINDOW,
             lost: VecDeque::new(),
             stopped: false,
+            flight: None,
             waits_since: None,
             ask_at: Duration::ZERO,
             pause: PROBE_AFTER,
@@ -194,7 +206,8 @@ impl Sender {
 
     /// Whether there is something that may be sent now.
     pub fn has_chunk(&self) -> bool {
-        !self.stopped && (!self.lost.is_empty() || self.has_fresh())
+        let may_fly = self.flight.is_none_or(|flight| flight.left > 0);
+        !self.stopped && may_fly && (!self.lost.is_empty() || self.has_fresh())
     }
 
     fn has_fresh(&self) -> bool {
@@ -206,6 +219,7 @@ impl Sender {
         if !self.has_chunk() {
             return None;
         }
+        let max = self.flight.map_or(max, |flight| max.min(flight.left as usize));
         let chunk = match self.lost.pop_front() {
             Some(range) => self.chunk_of_lost(range, max),
             None => {
@@ -216,7 +230,29 @@ impl Sender {
             }
         };
         self.await_news(now);
+        self.fly(chunk.data as u64);
         Some(chunk)
+    }
+
+    /// At the end of a flight the receiver is asked where it is.
+    fn fly(&mut self, length: u64) {
+        if let Some(flight) = &mut self.flight {
+            flight.left = flight.left.saturating_sub(length);
+            if flight.left == 0 {
+                self.ask();
+            }
+        }
+    }
+
+    /// The receiver was heard on this path: more may be sent before it is heard again.
+    fn land(&mut self) {
+        let size = self.flight.map_or(u64::MAX, |flight| flight.size * 2);
+        self.flight = (size <= MAX_WINDOW).then_some(Flight { size, left: size });
+    }
+
+    /// Whether a question waits to be put into an [`Ack`].
+    pub fn has_probe(&self) -> bool {
+        self.probe.is_some_and(|probe| probe.mark.is_none())
     }
 
     fn chunk_of_lost(&mut self, range: Range<u64>, max: usize) -> Chunk<usize> {
@@ -276,6 +312,7 @@ impl Sender {
                 mark: Some(mark),
             }) if number == ack.answer => {
                 self.probe = None;
+                self.land();
                 self.mark_lost(from..mark);
             }
             _ => self.mark_lost(from..ack.missing_to),
@@ -326,6 +363,10 @@ impl Sender {
         }
         self.lost.clear();
         self.mark_lost(self.acked..self.sent);
+        self.flight = Some(Flight {
+            size: FIRST_FLIGHT,
+            left: FIRST_FLIGHT,
+        });
         self.probe = None;
         self.pause = PROBE_AFTER;
         self.waits_since = None;
@@ -360,7 +401,7 @@ impl Sender {
             return false;
         }
         self.await_news(now);
-        if now < self.ask_at || !self.lost.is_empty() {
+        if now < self.ask_at || (!self.lost.is_empty() && self.has_chunk()) {
             return false;
         }
         self.pause = (self.pause * 2).min(PROBE_MAX);

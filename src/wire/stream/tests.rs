@@ -381,6 +381,31 @@ fn a_window_that_holds_the_sender_back_grows() {
 }
 
 #[test]
+fn a_path_that_breaks_at_once_again_and_again_makes_progress() {
+    let mut pair = Pair::new();
+    pair.write(INITIAL_WINDOW as usize);
+    pair.tx.finish();
+    while pair.tx.has_chunk() {
+        pair.send();
+    }
+    for _ in 0..20 {
+        pair.cut();
+        while pair.tx.has_chunk() {
+            pair.send();
+        }
+        // What one path carries before it breaks is a third of the window, and the way back carries what is due.
+        let carried: Vec<_> = pair.forth.drain(..).take(22).collect();
+        carried.into_iter().for_each(|item| pair.arrive(item));
+        pair.read(usize::MAX);
+        pair.send();
+        while let Some(item) = pair.back.pop_front() {
+            pair.arrive(item);
+        }
+    }
+    assert!(pair.tx.is_done() && pair.rx.is_at_end());
+}
+
+#[test]
 fn a_lost_grant_heals_by_asking() {
     let mut pair = Pair::new();
     pair.write(INITIAL_WINDOW as usize);
