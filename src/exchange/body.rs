@@ -49,6 +49,11 @@ impl Records {
         }
     }
 
+    /// Whether the stream is known to be at its end already, without waiting.
+    pub fn is_at_end(&self) -> bool {
+        self.reader.is_between_records() && self.exchange.is_read_to_end()
+    }
+
     /// The next record; `None` at the stream's end.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Record>, Code>> {
         loop {

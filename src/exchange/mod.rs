@@ -245,6 +245,11 @@ impl Exchange {
         }
     }
 
+    /// Whether all of the incoming stream has been read.
+    pub fn is_read_to_end(&self) -> bool {
+        self.state().rx.is_at_end()
+    }
+
     /// Reads no more: the peer is asked to stop sending.
     pub fn stop_reading(self: &Arc<Self>) {
         let mut state = self.state();

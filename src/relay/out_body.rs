@@ -140,6 +140,12 @@ impl Record {
         self
     }
 
+    /// It has no body to wait for.
+    pub fn ended(mut self) -> Self {
+        self.outcome = Outcome::Ok;
+        self
+    }
+
     /// Its body goes out on this connection.
     pub fn on(mut self, connection: ConnHandle) -> Self {
         self.connection = Some(connection);

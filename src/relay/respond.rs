@@ -108,6 +108,12 @@ pub(super) async fn respond(
                 .with_budget(budget)
         });
         OutBody::Whole(Full::new(whole.freeze()), record)
+    } else if asked.connection.is_http2() && answer.records.is_at_end() {
+        // HTTP/2 tells an answer that is all head from one with an empty body: gRPC's errors are the former.
+        let record = record
+            .take()
+            .map(|record| record.answered(&exchange, status, None).ended());
+        OutBody::Whole(Full::default(), record)
     } else {
         let record = record.take().map(|record| {
             record

@@ -249,6 +249,11 @@ impl RecordReader {
         self.partial.len() >= length
     }
 
+    /// Whether everything that was pushed has been read, and no record is open.
+    pub fn is_between_records(&self) -> bool {
+        self.chunk.is_empty() && self.end().is_ok()
+    }
+
     /// The stream has ended: an error when it did so inside a record.
     pub fn end(&self) -> Result<(), HeadError> {
         if self.partial.is_empty() && self.data_left == 0 {

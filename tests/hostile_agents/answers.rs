@@ -4,9 +4,9 @@ use adit::{cluster::registry::NewAuth, ids::InstanceId};
 
 use crate::{
     ask,
+    harness::raw::{OK, RawAnswer, RawUpstream},
+    harness::tunnel::{RawTunnel, data, response, trailers},
     harness::{TestAgent, TestRelay},
-    raw::{OK, RawAnswer, RawUpstream},
-    tunnel::{RawTunnel, data, response, trailers},
 };
 
 /// What a downstream may take the answer for.

@@ -23,9 +23,9 @@ use tokio::{
 
 use crate::{
     ask, counted, get,
+    harness::raw::RawAnswer,
+    harness::tunnel::{RawTunnel, data, response, stream_frame},
     harness::{TestAgent, TestRelay, TestUpstream, within},
-    raw::RawAnswer,
-    tunnel::{RawTunnel, data, response, stream_frame},
 };
 
 const OK: &[(&[u8], &[u8])] = &[(b"content-length", b"5")];

@@ -3,17 +3,13 @@
 
 #[path = "../harness/mod.rs"]
 mod harness;
-#[path = "../harness/raw.rs"]
-mod raw;
-#[path = "../harness/tunnel.rs"]
-mod tunnel;
 
 mod answers;
 mod frames;
 mod names;
 
 use harness::TestRelay;
-use raw::{RawAnswer, send_raw};
+use harness::raw::{RawAnswer, send_raw};
 
 /// A request for a client; read to the close.
 async fn ask(relay: &TestRelay, client: &str, line: &str) -> RawAnswer {

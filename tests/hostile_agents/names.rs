@@ -4,10 +4,10 @@ use adit::cluster::registry::NewAuth;
 
 use crate::{
     ask,
+    harness::raw::{RawAnswer, send_raw},
+    harness::tunnel::RawTunnel,
     harness::{TestAgent, TestRelay, TestUpstream},
     metrics,
-    raw::{RawAnswer, send_raw},
-    tunnel::RawTunnel,
 };
 
 const WEBSOCKET: &str = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\

@@ -3,8 +3,8 @@
 use tokio::io::AsyncWriteExt;
 
 use crate::{
+    harness::raw::RawAnswer,
     harness::until,
-    raw::RawAnswer,
     world::{World, assert_problem, post, request},
 };
 

@@ -3,8 +3,6 @@
 
 #[path = "../harness/mod.rs"]
 mod harness;
-#[path = "../harness/raw.rs"]
-mod raw;
 
 mod bodies;
 mod heads;

@@ -1,7 +1,7 @@
 //! Requests that are odd and pass: what of them reaches the upstream, byte for byte.
 
 use crate::{
-    raw::{OK, RawUpstream},
+    harness::raw::{OK, RawUpstream},
     world::{CLOSE, World, get, post, request},
 };
 

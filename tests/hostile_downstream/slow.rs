@@ -6,8 +6,8 @@ use adit::config::RelayConfig;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
+    harness::raw::{ENDLESS, RawAnswer, RawUpstream},
     harness::{until, within},
-    raw::{ENDLESS, RawAnswer, RawUpstream},
     world::{CLOSE, World, assert_problem, get, post, request},
 };
 

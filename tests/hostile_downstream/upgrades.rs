@@ -3,8 +3,8 @@
 use tokio::io::AsyncWriteExt;
 
 use crate::{
+    harness::raw::{Call, OK, RawAnswer, RawUpstream},
     harness::until,
-    raw::{Call, OK, RawAnswer, RawUpstream},
     world::{CLOSE, World, assert_problem, get, request},
 };
 

@@ -4,8 +4,8 @@ use adit::{cluster::registry::NewAuth, config::RelayConfig};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::{
+    harness::raw::{Call, RawAnswer, RawUpstream, send_raw},
     harness::{TestAgent, TestRelay},
-    raw::{Call, RawAnswer, RawUpstream, send_raw},
 };
 
 pub const CLOSE: &str = "connection: close\r\n";

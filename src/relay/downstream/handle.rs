@@ -37,6 +37,11 @@ impl ConnHandle {
         self.shared.peer
     }
 
+    /// Whether the request came over HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        self.version == Version::HTTP_2
+    }
+
     /// Sends an interim response (102 to 199, such as 103 Early Hints) at once, ahead of the response. `false` when it
     /// was dropped: the response has begun, 16 KiB are waiting, or the request is not HTTP/1.1 (1.0 knows none, and
     /// hyper's server cannot send them in HTTP/2). A 100 is hyper's to send, once the body is read.
