@@ -100,3 +100,30 @@ async fn by_its_own_name_or_any_other() {
     let other = |agent: &mut agent::Config| agent.host_header = "other.example".parse().expect("a host");
     assert_eq!(reached(&to, other).await, (200, "HTTP/1.1 other.example".into()));
 }
+
+#[tokio::test]
+async fn a_grpc_error_that_is_all_head_stays_one() {
+    let home = harness::home::Home::start().await;
+    let mut connection = harness::home::http2(home.relay.address).await;
+    let request = http::Request::post("http://relay/service/none")
+        .header("adit-client", "home")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let answer = tokio::spawn(connection.send_request(request.body(harness::full("")).expect("a request")));
+    let head = Response::builder()
+        .header("content-type", "application/grpc")
+        .header("grpc-status", "12");
+    home.calls
+        .next()
+        .await
+        .answer(head.body(harness::full("")).expect("a response"));
+    let answer = harness::within("the answer", answer)
+        .await
+        .expect("no panic")
+        .expect("an answer");
+    assert_eq!(answer.headers()["grpc-status"], "12");
+    assert!(
+        http_body::Body::is_end_stream(answer.body()),
+        "the stream ends with the head"
+    );
+}
