@@ -1,8 +1,12 @@
 //! Properties of a stream between two ends, under schedules that lose, repeat, reorder and cut.
 
+use std::{collections::VecDeque, time::Duration};
+
+use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::*;
+use crate::wire::frame::INITIAL_WINDOW;
 
 const MAX: usize = 1000;
 
