@@ -135,7 +135,7 @@ impl Host {
         let links = self.links();
         let others = links
             .iter()
-            .filter(|link| not.is_none_or(|not| !Arc::ptr_eq(link, not)));
+            .filter(|link| !link.is_closed() && not.is_none_or(|not| !Arc::ptr_eq(link, not)));
         others.min_by_key(|link| link.in_flight()).cloned()
     }
 
@@ -161,7 +161,8 @@ impl Host {
             .iter()
             .for_each(|link| link.send(Frame::Drain(DRAIN_TIMEOUT.as_millis() as u32)));
         let idle = async {
-            while !self.exchanges.is_empty() {
+            // Without a tunnel nothing more can be answered: no new ones are opened now.
+            while !self.exchanges.is_empty() && !self.links().is_empty() {
                 tokio::time::sleep(TICK).await;
             }
         };

@@ -54,7 +54,7 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
                             continue;
                         }
                         _ => {
-                            path.close();
+                            host.link_lost(&path);
                             ("a newer tunnel of this agent took over".into(), superseded_pause())
                         }
                     },
