@@ -68,7 +68,8 @@ impl Answer {
 }
 
 impl Ingress {
-    /// Sends a request over `path`, as the exchange `id`, and waits for the head of its response. `interim` is called with each 1xx before it.
+    /// Sends a request over `path`, as the exchange `id`, and waits for the head of its response. `interim` is called
+    /// with each 1xx before it.
     pub async fn call<B>(
         &self,
         table: &Arc<Exchanges>,
@@ -133,23 +134,16 @@ impl Ingress {
             match head.status {
                 StatusCode::CONTINUE => break,
                 status if is_interim(status) => interim(head),
-                // It did not wait for the body, but may read it yet: only a refusal says that it will not.
-                status if !status.is_client_error() && !status.is_server_error() => {
+                status => {
                     open.exchange.set_answer_within(None);
+                    // It did not wait for the body, but may read it yet: only a refusal says that it will not.
+                    let refused = status.is_client_error() || status.is_server_error();
+                    let upload = if refused { None } else { Upload::start(pump).await? };
                     return Ok(Answer {
                         head,
                         records,
                         open,
-                        upload: Upload::start(pump).await?,
-                    });
-                }
-                _ => {
-                    open.exchange.set_answer_within(None);
-                    return Ok(Answer {
-                        head,
-                        records,
-                        open,
-                        upload: None,
+                        upload,
                     });
                 }
             }

@@ -432,7 +432,8 @@ impl Exchange {
         Frame::Ack(self.id, Ack { probe, moved, ..ack }).encode(message);
     }
 
-    /// Writes one frame of the outgoing stream, of at most `room` bytes of payload; true when there is more, and another turn is due.
+    /// Writes one frame of the outgoing stream, of at most `room` bytes of payload; true when there is more, and another
+    /// turn is due.
     fn write_turn(self: &Arc<Self>, path: &Arc<Path>, message: &mut BytesMut, room: usize) -> bool {
         let mut state = self.state();
         if !state.is_on(path) {
