@@ -483,6 +483,7 @@ fn open_tunnels(bench: &Bench, count: usize) -> Vec<TcpStream> {
         to_frame(&AgentHello {
             instance_id: InstanceId::new(),
             slot: 0,
+            generation: 1,
             version: "bench".into(),
         })
         .encode(&mut hello);

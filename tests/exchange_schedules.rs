@@ -183,7 +183,7 @@ impl World {
         }
         match self.host.accept(id, path, 1000) {
             Accepted::New(exchange) => {
-                exchange.on_frame(frame, path);
+                exchange.on_frame(frame, path).expect("its own frame");
                 let calls = self.calls.clone();
                 tokio::spawn(serve(
                     exchange,
@@ -195,7 +195,7 @@ impl World {
                 ));
             }
             Accepted::Known(exchange) => {
-                exchange.on_frame(frame, path);
+                exchange.on_frame(frame, path).expect("its own frame");
             }
             Accepted::Over(code) => path.send(Frame::Reset(id, code)),
         }
@@ -258,7 +258,7 @@ async fn request(table: Arc<Exchanges>, path: Arc<Path>, body: Bytes) -> Result<
     };
     let sent = (!body.is_empty()).then(|| Full::new(body.clone()));
     let answer = ingress
-        .call(&table, &path, RequestId::new(), &head, sent, |_| {})
+        .call(table.open(RequestId::new(), &path), &head, sent, |_| {})
         .await
         .map_err(|failure| format!("{failure:?}"))?;
     let got = answer

@@ -59,6 +59,7 @@ impl ByHand {
         let version = "by hand".into();
         agent
             .send(hello::to_frame(&AgentHello {
+                generation: 1,
                 instance_id,
                 slot,
                 version,

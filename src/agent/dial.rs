@@ -90,14 +90,14 @@ impl Dialer {
         }
     }
 
-    /// Opens the tunnel of a slot.
-    pub async fn dial(&self, slot: u32) -> Result<Dialed, DialError> {
-        let dialing = self.dial_now(slot);
+    /// Opens the tunnel of a slot, for the `generation`th time.
+    pub async fn dial(&self, slot: u32, generation: u64) -> Result<Dialed, DialError> {
+        let dialing = self.dial_now(slot, generation);
         let timeout = |_| DialError::Timeout(self.relay.clone());
         tokio::time::timeout(DIAL_TIMEOUT, dialing).await.map_err(timeout)?
     }
 
-    async fn dial_now(&self, slot: u32) -> Result<Dialed, DialError> {
+    async fn dial_now(&self, slot: u32, generation: u64) -> Result<Dialed, DialError> {
         let io = self
             .connect()
             .await
@@ -105,7 +105,7 @@ impl Dialer {
         let io = self.handshake(io).await?;
         let mut socket = FrameSocket::new(io, Side::Agent).await;
         let (hello, first) = self
-            .greet(&mut socket, slot)
+            .greet(&mut socket, slot, generation)
             .await
             .map_err(|why| DialError::NotARelay(self.relay.clone(), why))?;
         Ok(Dialed { socket, hello, first })
@@ -172,12 +172,14 @@ impl Dialer {
         &self,
         socket: &mut FrameSocket<Box<dyn Connection>>,
         slot: u32,
+        generation: u64,
     ) -> Result<(RelayHello, Vec<Frame>), String> {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let mut message = BytesMut::new();
         hello::to_frame(&AgentHello {
             instance_id: self.instance_id,
             slot,
+            generation,
             version,
         })
         .encode(&mut message);

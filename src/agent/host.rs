@@ -15,11 +15,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{Event, Listener, upstream::Caller};
 use crate::{
     exchange::{
-        Clock, Exchange,
+        Clock, Exchange, NotYours,
         host::serve,
         link::{LinkEnd, Taker},
         path::{Owner, Path},
-        table::{Accepted, Exchanges, TICK},
+        table::{Accepted, Exchanges, TICK, Taken},
     },
     ids::{ClientId, InstanceId},
     wire::{fields, frame::Frame},
@@ -225,29 +225,32 @@ pub(super) struct LinkTaker {
 }
 
 impl LinkTaker {
-    fn open(&self, frame: Frame, path: &Arc<Path>) {
-        let Frame::Open(id, _) = &frame else { return };
+    fn open(&self, frame: Frame, path: &Arc<Path>) -> Result<(), NotYours> {
+        let Frame::Open(id, _) = &frame else { return Ok(()) };
         match self.host.exchanges.accept(*id, path, MAX_EXCHANGES) {
             Accepted::New(exchange) => {
-                exchange.on_frame(frame, path);
+                exchange.on_frame(frame, path)?;
                 self.host.serve(exchange);
             }
             Accepted::Known(exchange) => {
-                exchange.on_frame(frame, path);
+                exchange.on_frame(frame, path)?;
             }
             Accepted::Over(code) => path.send(Frame::Reset(*id, code)),
         }
+        Ok(())
     }
 }
 
 impl Taker for LinkTaker {
     fn on_frame(&self, frame: Frame, path: &Arc<Path>) -> Result<(), LinkEnd> {
         match &frame {
-            Frame::Open(..) => self.open(frame, path),
+            Frame::Open(..) => self.open(frame, path).map_err(|NotYours| LinkEnd::Foreign)?,
             Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) | Frame::Done(id) => {
                 let id = *id;
                 let taken = self.host.exchanges.on_frame(id, frame, path);
-                taken.map_err(|_| LinkEnd::Foreign)?;
+                if let Taken::Unknown(frame) = taken.map_err(|NotYours| LinkEnd::Foreign)? {
+                    self.host.exchanges.refuse(id, &frame, path);
+                }
             }
             Frame::Drain(_) => drop(self.told.send(Told::Drain)),
             Frame::Superseded => drop(self.told.send(Told::Superseded)),

@@ -34,9 +34,11 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
     let mut outage = Outage::default();
     // Tunnels that were told to leave, and live until the relay closes them.
     let mut leaving: Vec<AbortOnDropHandle<LinkEnd>> = Vec::new();
+    let mut generation = 0;
     while !host.is_leaving() {
+        generation += 1;
         leaving.retain(|link| !link.is_finished());
-        let (why, pause) = match dialer.dial(slot).await {
+        let (why, pause) = match dialer.dial(slot, generation).await {
             Ok(dialed) => {
                 let Link {
                     path,

@@ -33,6 +33,9 @@ pub struct ServeArgs {
     /// The registry's database [default: sqlite:adit.db]
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, value_parser = parsed::<Secret>)]
     database_url: Option<Given<Secret>>,
+    /// The bus between nodes, like redis://HOST:PORT [default: none, this node is alone]
+    #[arg(long, env = "REDIS_URL", value_name = "URL", hide_env_values = true, value_parser = parsed::<Secret>)]
+    redis_url: Option<Given<Secret>>,
     /// Clients are reached as {client_id}.DOMAIN [default: only by header or query]
     #[arg(long, env = "ADIT_DOMAIN", value_name = "DOMAIN", value_parser = parsed::<Domain>)]
     domain: Option<Given<Domain>>,
@@ -69,6 +72,7 @@ impl ServeArgs {
         set(&mut config.listen, &self.listen);
         set(&mut config.admin_listen, &self.admin_listen);
         set(&mut config.database_url, &self.database_url);
+        set_some(&mut config.redis_url, &self.redis_url);
         set_some(&mut config.domain, &self.domain);
         set_some(&mut config.public_url, &self.public_url);
         set_some(&mut config.admin_token, &self.admin_token);

@@ -1,10 +1,14 @@
-//! What the nodes of a relay share. Here: the registry, which says who holds what.
+//! What the nodes of a relay share: the registry, which says who holds what, and the bus, over which they speak.
 //!
+//! [`bus`] carries [`letter`]s; [`peer`] makes a tunnel that another node holds look like one that is here.
 //! [`store`] is the only SQL. [`registry`] is what the rest of the relay sees: it answers from memory where it can and
 //! goes on working while the database is away.
 
+pub mod bus;
 mod cache;
 pub mod hash;
+pub mod letter;
+pub mod peer;
 pub mod registry;
 pub mod store;
 

@@ -32,6 +32,8 @@ use crate::{
 
 /// How long a signature is good: 14 days, what MoosicBox's apps count on.
 pub const SIGNATURE_LIFETIME: Duration = Duration::from_secs(14 * 24 * 3600);
+/// Who holds what changes often: an answer is shared by those who ask together, no longer.
+const HOLDERS_FRESH_FOR: Duration = Duration::from_millis(100);
 /// Events that a slow receiver may be behind by. Operators make a few a minute; past this it is told that it lagged.
 const EVENTS: usize = 256;
 /// Where the admin token's hash is kept.
@@ -80,6 +82,7 @@ pub struct Registry {
     clients: Cache<ClientId, Option<Arc<Client>>>,
     /// Until when a signature is good; `None`: there is none such.
     signatures: Cache<SignatureKey, Option<i64>>,
+    holders: Cache<ClientId, Arc<[Holder]>>,
     admin_token: OnceLock<TokenHash>,
     events_tx: broadcast::Sender<RegistryEvent>,
 }
@@ -97,6 +100,7 @@ impl Registry {
             presence: Presence::new(node),
             clients: Cache::new(fresh_for),
             signatures: Cache::new(fresh_for),
+            holders: Cache::new(fresh_for.min(HOLDERS_FRESH_FOR)),
             admin_token: OnceLock::new(),
             events_tx: broadcast::Sender::new(EVENTS),
         }
@@ -117,9 +121,27 @@ impl Registry {
             .map_err(away("look up a client"))
     }
 
-    /// Who holds tunnels of this client, on all nodes, oldest first. Asks the database each time: the caller caches.
-    pub async fn holders(&self, client_id: &ClientId) -> Result<Vec<Holder>, RegistryAway> {
-        self.store.holders(client_id).await.map_err(away("look up tunnels"))
+    /// Who holds tunnels of this client, on all nodes, oldest first. Who asks at the same time shares an answer, and the
+    /// last known one stands in for a database that is away; the caller decides how often to ask.
+    pub async fn holders(&self, client_id: &ClientId) -> Result<Arc<[Holder]>, RegistryAway> {
+        let load = || async { Ok(self.store.holders(client_id).await?.into()) };
+        self.holders.get(client_id, load).await.map_err(away("look up tunnels"))
+    }
+
+    /// Whether the database was away when this node last had something to write, and is not known to be back.
+    pub fn is_away(&self) -> bool {
+        self.presence.is_behind()
+    }
+
+    /// Whether there are other nodes that are not leaving, as far as was seen at the last heartbeat.
+    pub fn has_peers(&self) -> bool {
+        self.presence.has_peers()
+    }
+
+    /// Another node's operator changed something about this client: it is looked up again.
+    pub fn heard_of_change(&self, client_id: &ClientId) {
+        self.clients.forget(client_id);
+        self.signatures.forget(client_id);
     }
 
     /// What operators change from now on.

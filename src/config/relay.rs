@@ -9,7 +9,7 @@ use super::{
     ConfigError, Domain, RelayUrl, check, from_table, overlay, read_table,
     values::{de_address, de_duration, de_networks, de_optional, de_size},
 };
-use crate::{ids::ClientId, secret::Secret, telemetry::LogFormat};
+use crate::{cluster::bus::Bus, ids::ClientId, secret::Secret, telemetry::LogFormat};
 
 /// The documented defaults: every key is in it, and it is what [`RelayConfig::default`] reads.
 pub const DEFAULT_TOML: &str = include_str!("../../config.default.toml");
@@ -33,6 +33,9 @@ pub struct RelayConfig {
     pub admin_listen: SocketAddr,
     /// The registry's database; a secret because it may hold a password.
     pub database_url: Secret,
+    /// The bus between nodes; a secret because it may hold a password. `None`: this node is alone.
+    #[serde(deserialize_with = "de_optional")]
+    pub redis_url: Option<Secret>,
     /// The domain whose sub-domains are the clients.
     #[serde(deserialize_with = "de_optional")]
     pub domain: Option<Domain>,
@@ -167,6 +170,9 @@ impl RelayConfig {
             "database_url",
             "is not a database served here: write `sqlite:FILE`",
         )?;
+        if let Some(Err(error)) = self.redis_url.as_ref().map(Bus::redis) {
+            return check(false, "redis_url", &error.to_string());
+        }
         self.tunnels.validate()?;
         self.http.validate()?;
         self.log.validate()
@@ -355,6 +361,7 @@ mod tests {
             ("listen = 8080", "`listen`"),
             ("listen = \"127.0.0.1:9090\"", "`admin_listen`"),
             ("database_url = \"postgres://x\"", "`database_url`"),
+            ("redis_url = \"http://x\"", "`redis_url`"),
             ("domain = \"https://x.org\"", "`domain`"),
             ("public_url = \"tunnel.example.org\"", "`public_url`"),
             ("trusted_proxies = [\"10/8\"]", "`trusted_proxies`"),

@@ -76,7 +76,7 @@ impl Records {
     }
 
     fn malformed(&self, error: head::HeadError) -> Code {
-        tracing::warn!(request.id = %self.exchange.id, client.id = %self.exchange.owner.client_id, %error, "a stream cannot be read");
+        tracing::warn!(request.id = %self.exchange.id, client.id = %self.exchange.owner().client_id, %error, "a stream cannot be read");
         self.exchange.reset(Code::Protocol);
         Code::Protocol
     }

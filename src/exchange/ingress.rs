@@ -1,6 +1,6 @@
 //! The ingress end: opens an exchange from a request and hands back the response, interim heads first.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{pin::pin, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -9,15 +9,11 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     body::{ExchangeBody, Pump, PumpError, Records},
-    path::Path,
-    table::{Exchanges, Open},
+    table::Open,
 };
-use crate::{
-    ids::RequestId,
-    wire::{
-        frame::Code,
-        head::{Record, RequestHead, ResponseHead},
-    },
+use crate::wire::{
+    frame::Code,
+    head::{Record, RequestHead, ResponseHead},
 };
 
 /// How long a downstream that asked for `100 Continue` waits for the upstream's word on it, before its body is read
@@ -68,13 +64,11 @@ impl Answer {
 }
 
 impl Ingress {
-    /// Sends a request over `path`, as the exchange `id`, and waits for the head of its response. `interim` is called
-    /// with each 1xx before it.
+    /// Sends a request through an exchange that was just opened for it, and waits for the head of its response. `interim`
+    /// is called with each 1xx before it.
     pub async fn call<B>(
         &self,
-        table: &Arc<Exchanges>,
-        path: &Arc<Path>,
-        id: RequestId,
+        open: Open,
         head: &RequestHead,
         body: Option<B>,
         mut interim: impl FnMut(ResponseHead),
@@ -82,7 +76,6 @@ impl Ingress {
     where
         B: Body<Data = Bytes> + Send + Unpin + 'static,
     {
-        let open = table.open(id, path);
         let exchange = &open.exchange;
         exchange.set_answer_within(Some(self.response_timeout));
         exchange.write([head.encode()]);

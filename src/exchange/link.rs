@@ -63,6 +63,9 @@ pub enum LinkEnd {
 pub trait Taker {
     /// Takes one frame; an error ends the link.
     fn on_frame(&self, frame: Frame, path: &Arc<Path>) -> Result<(), LinkEnd>;
+
+    /// The message is through: what was gathered of it may go on.
+    fn on_message_end(&self, _path: &Arc<Path>) {}
 }
 
 /// Drives a link until it ends. Owns the socket.
@@ -126,6 +129,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, T: Taker + ?Sized> Link<'_, S, T> {
                     Err(error) => return Poll::Ready(error.into()),
                 }
             }
+            self.taker.on_message_end(&self.path);
         }
         cx.waker().wake_by_ref();
         Poll::Pending

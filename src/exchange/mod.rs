@@ -5,7 +5,8 @@
 //! - [`ingress`] and [`host`]: what each end does with the streams
 //! - [`body`]: an HTTP body read from a stream, and one written to it
 //! - [`table`]: all exchanges of a process; time, cut paths and resumption
-//! - [`path`]: where frames go, in turns; [`link`]: the WebSocket that carries them
+//! - [`path`]: where frames go, in turns; [`link`]: the WebSocket that carries them. A path over the bus to another node
+//!   is the same to an exchange
 //!
 //! An exchange does no I/O. Frames and time are put in ([`Exchange::on_frame`], [`Exchange::on_tick`]); frames are taken
 //! out by the path's carrier; readers and writers are woken.
@@ -13,7 +14,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker},
     time::Duration,
@@ -77,18 +78,20 @@ pub enum Role {
 pub struct Exchange {
     /// Its name, the same at both ends.
     pub id: RequestId,
-    /// Whose it is; frames of anyone else are not its frames.
-    pub owner: Owner,
     role: Role,
     clock: Clock,
     /// Body bytes written to the outgoing stream.
     body_sent: AtomicU64,
+    /// At the ingress: its way back over the bus is open.
+    listens: AtomicBool,
     /// Guards the streams; held while a frame is taken in or written out, never across an await.
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// Whose it is; frames of anyone else are not its frames.
+    owner: Owner,
     tx: Sender,
     rx: Receiver,
     path: Option<Held>,
@@ -101,10 +104,16 @@ struct State {
     moved: bool,
     /// The peer has been heard, so it knows the exchange.
     confirmed: bool,
+    /// OPENs that went out and did not come back undelivered: while there is one, the host may have it.
+    opens: u32,
+    /// Every OPEN came back: nothing of the request has reached anybody.
+    unreached: bool,
     /// The last time that bytes moved.
     active_at: Duration,
     /// The last time that the peer was heard, or asked whether it is there.
     heard_at: Duration,
+    /// Since when it has been asked and has not been heard.
+    asked_since: Option<Duration>,
     /// Since when the host says nothing but that it does not know the exchange.
     gone_since: Option<Duration>,
     /// How often another path was tried since bytes moved: each time waits twice as long.
@@ -135,10 +144,17 @@ impl Drop for Wakes {
     }
 }
 
+/// A peer spoke in an exchange that is not its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a frame for somebody else's exchange")]
+pub struct NotYours;
+
 /// What the table has to do for an exchange after a tick.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Wants {
     Nothing,
+    /// Its path says nothing: what comes another way must be heard.
+    Ear,
     /// Another path, if there is one.
     Path,
 }
@@ -146,18 +162,13 @@ pub(crate) enum Wants {
 impl Exchange {
     fn new(id: RequestId, owner: Owner, role: Role, clock: Clock) -> Self {
         let now = clock.now();
-        let state = State {
-            active_at: now,
-            heard_at: now,
-            ..State::default()
-        };
         Self {
             id,
-            owner,
             role,
             clock,
             body_sent: AtomicU64::new(0),
-            state: Mutex::new(state),
+            listens: AtomicBool::new(false),
+            state: Mutex::new(State::new(owner, now)),
         }
     }
 
@@ -288,6 +299,34 @@ impl Exchange {
         self.state().answer_within = limit;
     }
 
+    /// Waits until it is sure that nothing of it reached a host: it may be sent to any other, by [`Self::rehome`].
+    pub async fn unreached(&self) {
+        std::future::poll_fn(|cx| {
+            let mut state = self.state();
+            if state.unreached {
+                return Poll::Ready(());
+            }
+            state.watcher = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Whether it is an exchange of this owner.
+    pub fn is_of(&self, owner: &Owner) -> bool {
+        self.state().owner == *owner
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> Owner {
+        self.state().owner.clone()
+    }
+
+    /// The path that it uses now.
+    pub fn path(&self) -> Option<Arc<Path>> {
+        self.state().path.as_ref().map(|held| held.0.clone())
+    }
+
     /// For how long it has been without a path.
     pub fn cut_for(&self) -> Option<Duration> {
         self.state().cut_at.map(|at| self.clock.now().saturating_sub(at))
@@ -301,20 +340,26 @@ impl Exchange {
 
     // --- frames in --------------------------------------------------------------------------------------------------
 
-    /// Takes in a frame of this exchange that came on `path`. True when the exchange followed its peer to that path.
-    pub fn on_frame(self: &Arc<Self>, frame: Frame, path: &Arc<Path>) -> bool {
+    /// Takes in a frame of this exchange that came on `path`. True when the exchange followed its peer to that path. An
+    /// error when the path is not of the exchange's owner.
+    pub fn on_frame(self: &Arc<Self>, frame: Frame, path: &Arc<Path>) -> Result<bool, NotYours> {
         let now = self.clock.now();
         let mut wakes = Wakes::default();
         let mut state = self.state();
+        if state.owner != path.owner {
+            return Err(NotYours);
+        }
         if state.ended.is_some() {
-            return false;
+            return Ok(false);
         }
         let moved = matches!(&frame, Frame::Ack(_, ack) if ack.moved);
         let follows = (state.path.is_none() || (moved && !state.is_on(path))) && !path.is_closed();
         if follows {
             self.move_to(&mut state, path, now);
+        } else if moved {
+            state.tx.path_changed(now); // the same path, and the peer may have missed something
         }
-        state.heard_at = now;
+        (state.heard_at, state.asked_since) = (now, None);
         if !matches!(frame, Frame::Reset(_, Code::Gone)) {
             state.confirmed = true;
             state.gone_since = None;
@@ -330,7 +375,10 @@ impl Exchange {
             Frame::Done(_) => self.end(&mut state, Code::Finished, false, &mut wakes),
             _ => {}
         }
-        follows
+        if state.tx.has_chunk() {
+            self.queue_turn(&mut state);
+        }
+        Ok(follows)
     }
 
     fn on_chunk(self: &Arc<Self>, state: &mut State, chunk: Chunk<Bytes>, now: Duration, wakes: &mut Wakes) {
@@ -359,9 +407,6 @@ impl Exchange {
         if state.rx.ack_due() {
             self.queue_urgent(state);
         }
-        if state.tx.has_chunk() {
-            self.queue_turn(state);
-        }
         if state.tx.capacity() > 0 || state.tx.is_done() {
             wakes.add(&mut state.writer);
         }
@@ -379,12 +424,11 @@ impl Exchange {
             self.queue_urgent(state);
         } else {
             state.tx.path_changed(now);
-            self.queue_turn(state);
         }
     }
 
     fn broken(&self, state: &mut State, error: StreamError, wakes: &mut Wakes) {
-        tracing::warn!(request.id = %self.id, client.id = %self.owner.client_id, %error, "the peer broke the protocol of a stream");
+        tracing::warn!(request.id = %self.id, client.id = %state.owner.client_id, %error, "the peer broke the protocol of a stream");
         self.end(state, Code::Protocol, true, wakes);
     }
 
@@ -427,7 +471,7 @@ impl Exchange {
         if state.rx.is_stopped() {
             Frame::Stop(self.id, Code::Cancelled).encode(message);
         }
-        let ack = state.rx.take_ack(path.rtt(), self.clock.now());
+        let ack = state.rx.take_ack(path.rtt(), path.most_window(), self.clock.now());
         let (probe, moved) = (state.tx.take_probe(), std::mem::take(&mut state.moved));
         Frame::Ack(self.id, Ack { probe, moved, ..ack }).encode(message);
     }
@@ -439,9 +483,13 @@ impl Exchange {
         if !state.is_on(path) {
             return false;
         }
+        state.tx.limit_flight(path.most_flight());
         if let Some(chunk) = state.tx.next_chunk(room.min(MAX_PAYLOAD), self.clock.now()) {
             match chunk.offset {
-                0 if self.role == Role::Ingress => frame::open_header(message, self.id, chunk.data, chunk.fin),
+                0 if self.role == Role::Ingress => {
+                    state.opens += 1;
+                    frame::open_header(message, self.id, chunk.data, chunk.fin);
+                }
                 offset => frame::stream_header(message, self.id, offset, chunk.data, chunk.fin),
             }
             state.tx.copy(&chunk, message);
@@ -467,9 +515,43 @@ impl Exchange {
         true
     }
 
+    /// Goes to another owner over `path`, if nothing of it has reached one. False when something has, or it is over.
+    pub(crate) fn rehome(self: &Arc<Self>, path: &Arc<Path>) -> bool {
+        let mut state = self.state();
+        if state.ended.is_some() || !state.unreached {
+            return false;
+        }
+        state.owner = path.owner.clone();
+        state.unreached = false;
+        self.move_to(&mut state, path, self.clock.now());
+        true
+    }
+
+    /// An OPEN came back: it was not delivered, nor was what went with it.
+    pub(crate) fn open_returned(&self) {
+        let mut wakes = Wakes::default();
+        let mut state = self.state();
+        state.opens = state.opens.saturating_sub(1);
+        if state.opens == 0 && !state.confirmed && state.ended.is_none() {
+            state.unreached = true;
+            wakes.add(&mut state.watcher);
+        }
+    }
+
+    /// Frames of this exchange may have been missed: the peer is told where it stands, and asked.
+    pub(crate) fn missed(self: &Arc<Self>) {
+        let mut state = self.state();
+        if state.ended.is_none() && state.path.is_some() {
+            state.moved = true;
+            state.tx.ask();
+            self.queue_urgent(&mut state);
+        }
+    }
+
     fn move_to(self: &Arc<Self>, state: &mut State, path: &Arc<Path>, now: Duration) {
         state.path = Some(path.hold());
-        (state.in_urgent, state.in_turns, state.cut_at) = (false, false, None);
+        (state.in_urgent, state.in_turns) = (false, false);
+        (state.cut_at, state.asked_since) = (None, None);
         state.tx.path_changed(now);
         state.rx.path_changed();
         self.queue_urgent(state);
@@ -509,6 +591,9 @@ impl Exchange {
             return Wants::Path;
         }
         let asks = state.tx.on_tick(now) | state.asks_if_idle(now);
+        if asks {
+            state.asked_since.get_or_insert(now);
+        }
         if state.rx.on_tick(now) | asks {
             self.queue_urgent(&mut state);
         }
@@ -517,21 +602,48 @@ impl Exchange {
             state.tx.path_changed(now);
             self.queue_turn(&mut state);
         }
-        if state.is_unanswered(now) {
-            Wants::Path
-        } else {
-            Wants::Nothing
+        match state.is_silent(now) {
+            true if state.is_unanswered(now) => Wants::Path,
+            true => Wants::Ear,
+            false => Wants::Nothing,
         }
     }
 }
 
 impl State {
+    fn new(owner: Owner, now: Duration) -> Self {
+        Self {
+            owner,
+            tx: Sender::default(),
+            rx: Receiver::default(),
+            path: None,
+            cut_at: None,
+            in_urgent: false,
+            in_turns: false,
+            moved: false,
+            confirmed: false,
+            opens: 0,
+            unreached: false,
+            active_at: now,
+            heard_at: now,
+            asked_since: None,
+            gone_since: None,
+            reroutes: 0,
+            answer_within: None,
+            ended: None,
+            reader: None,
+            writer: None,
+            watcher: None,
+        }
+    }
+
     fn is_on(&self, path: &Arc<Path>) -> bool {
         self.path.as_ref().is_some_and(|held| Arc::ptr_eq(&held.0, path))
     }
 
     fn overdue(&self, now: Duration, resume_timeout: Duration) -> Option<Code> {
-        if self.cut_at.is_some_and(|at| now.saturating_sub(at) >= resume_timeout) {
+        let too_long = |since: Option<Duration>| since.is_some_and(|at| now.saturating_sub(at) >= resume_timeout);
+        if too_long(self.cut_at) || (too_long(self.asked_since) && !resume_timeout.is_zero()) {
             return Some(Code::PathLost);
         }
         if self
@@ -560,13 +672,14 @@ impl State {
         due
     }
 
-    /// Whether questions go unanswered and the whole path is silent: then another is worth a try.
+    /// Whether nothing has come on its path for a while.
+    fn is_silent(&self, now: Duration) -> bool {
+        let silent = |held: &Held| held.0.silent_for(now) >= REROUTE_AFTER;
+        self.path.as_ref().is_some_and(silent)
+    }
+
+    /// Whether questions go unanswered: on a silent path, another is then worth a try.
     fn is_unanswered(&self, now: Duration) -> bool {
-        let patience = REROUTE_AFTER * (1 << self.reroutes.min(4));
-        let silent = self
-            .path
-            .as_ref()
-            .is_some_and(|held| held.0.silent_for(now) >= REROUTE_AFTER);
-        silent && self.tx.quiet_for(now) >= patience
+        self.tx.quiet_for(now) >= REROUTE_AFTER * (1 << self.reroutes.min(4))
     }
 }

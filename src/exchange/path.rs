@@ -1,8 +1,10 @@
 //! Where an exchange's frames go: a queue in which exchanges take turns, drained by whatever carries the frames away
-//! (a tunnel's socket in [`super::link`]; the bus, for a peer). It holds no frames of streams, only who has some.
+//! (a tunnel's socket in [`super::link`]; the bus, for a tunnel that a peer holds). It holds no frames of streams of its
+//! own, only who has some; and what a peer handed over for this tunnel, as it came.
 //!
-//! Order: connection frames, then control frames of exchanges, then one frame of data from each exchange in turn. So one
-//! exchange never slows another, and a grant of credit never waits behind data.
+//! Order: connection frames, then control frames of exchanges, then one frame of data from each exchange in turn, what
+//! peers handed over being one more in the round. So one exchange never slows another, and a grant of credit never waits
+//! behind data.
 
 use std::{
     collections::VecDeque,
@@ -14,14 +16,17 @@ use std::{
     time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
 
 use super::{Clock, Exchange};
 use crate::{
     ids::{ClientId, InstanceId, RequestId},
-    wire::frame::{Frame, MAX_MESSAGE, MAX_PAYLOAD},
+    wire::{
+        frame::{Frame, INITIAL_WINDOW, MAX_MESSAGE, MAX_PAYLOAD},
+        stream::MAX_WINDOW,
+    },
 };
 
 /// A message with less room than this is full, bytes. One of data has about one payload, so that a piece of it that
@@ -34,6 +39,14 @@ const MAX_DONE: usize = 64;
 /// What one DONE takes in a message, bytes.
 const DONE_LENGTH: usize = 20;
 
+/// What peers handed over and the socket has not taken, bytes. Beyond it, it is dropped: their ends send again.
+const MAX_FORWARDED: usize = 4 * 1024 * 1024;
+/// What all exchanges over the bus together may have on their way to this node, bytes: below the 8 MiB that a subscriber
+/// of Redis may be behind by (`client-output-buffer-limit pubsub`, REDIS.md).
+const BUS_CREDIT_IN: u64 = 6 * 1024 * 1024;
+/// What they may have on its way to the other nodes. Several nodes may send to one: it is a part of the same 8 MiB.
+const BUS_CREDIT_OUT: u64 = 1024 * 1024;
+
 /// Who may speak on a path: one process of one client. An exchange belongs to it, not to a path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Owner {
@@ -43,12 +56,27 @@ pub struct Owner {
     pub instance_id: InstanceId,
 }
 
+/// The credit that the exchanges of a node divide whose frames go over the bus: no publisher may overrun a subscriber.
+#[derive(Debug, Default)]
+pub struct BusCredit {
+    sharers: AtomicUsize,
+}
+
+impl BusCredit {
+    fn share(&self, of: u64) -> u64 {
+        let sharers = self.sharers.load(Ordering::Relaxed).max(1) as u64;
+        (of / sharers).clamp(INITIAL_WINDOW, MAX_WINDOW)
+    }
+}
+
 /// One way for frames. Shared by the exchanges that use it and the task that carries them.
 #[derive(Debug)]
 pub struct Path {
     /// Who is at the agent's end.
     pub owner: Owner,
     clock: Clock,
+    /// Of a path over the bus: what bounds its exchanges.
+    credit: Option<Arc<BusCredit>>,
     /// Guards the queue; held for a push or a pop.
     queue: Mutex<Queue>,
     carrier: AtomicWaker,
@@ -66,6 +94,10 @@ struct Queue {
     frames: VecDeque<Frame>,
     urgent: VecDeque<Arc<Exchange>>,
     turns: VecDeque<Arc<Exchange>>,
+    forwarded: VecDeque<Bytes>,
+    forwarded_bytes: usize,
+    /// Whether the next turn is for what peers handed over.
+    peers_turn: bool,
     done: Vec<RequestId>,
     done_asked: bool,
 }
@@ -74,14 +106,54 @@ enum Next {
     Frame(Frame),
     Control(Arc<Exchange>),
     Turn(Arc<Exchange>),
+    Forwarded(Bytes),
+}
+
+impl Queue {
+    fn pop(&mut self) -> Option<Next> {
+        if let Some(frame) = self.frames.pop_front() {
+            return Some(Next::Frame(frame));
+        }
+        if let Some(exchange) = self.urgent.pop_front() {
+            return Some(Next::Control(exchange));
+        }
+        self.peers_turn = !self.forwarded.is_empty() && (self.peers_turn || self.turns.is_empty());
+        if std::mem::take(&mut self.peers_turn) {
+            return self.pop_forwarded();
+        }
+        self.peers_turn = true;
+        self.turns.pop_front().map(Next::Turn)
+    }
+
+    fn pop_forwarded(&mut self) -> Option<Next> {
+        let message = self.forwarded.pop_front()?;
+        self.forwarded_bytes -= message.len();
+        Some(Next::Forwarded(message))
+    }
+
+    fn put_back(&mut self, message: Bytes) {
+        self.forwarded_bytes += message.len();
+        self.forwarded.push_front(message);
+        self.peers_turn = true;
+    }
 }
 
 impl Path {
-    /// A path that nobody carries yet; it queues from the start.
+    /// A path to a tunnel that is here. Nobody carries it yet; it queues from the start.
     pub fn new(owner: Owner, clock: Clock) -> Arc<Self> {
+        Self::make(owner, clock, None)
+    }
+
+    /// A path to a tunnel that another node holds: over the bus, whose `credit` all such paths of a node share.
+    pub fn over_bus(owner: Owner, clock: Clock, credit: Arc<BusCredit>) -> Arc<Self> {
+        Self::make(owner, clock, Some(credit))
+    }
+
+    fn make(owner: Owner, clock: Clock, credit: Option<Arc<BusCredit>>) -> Arc<Self> {
         Arc::new(Self {
             owner,
             clock,
+            credit,
             queue: Mutex::default(),
             carrier: AtomicWaker::new(),
             closing: Notify::new(),
@@ -95,6 +167,23 @@ impl Path {
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether frames come back over the bus, addressed by request.
+    pub fn is_over_bus(&self) -> bool {
+        self.credit.is_some()
+    }
+
+    /// The most credit that one exchange may grant on this path.
+    pub(super) fn most_window(&self) -> u64 {
+        self.credit
+            .as_ref()
+            .map_or(MAX_WINDOW, |credit| credit.share(BUS_CREDIT_IN))
+    }
+
+    /// The most that one exchange may have on its way without having heard from its peer; `None`: what it was granted.
+    pub(super) fn most_flight(&self) -> Option<u64> {
+        self.credit.as_ref().map(|credit| credit.share(BUS_CREDIT_OUT))
     }
 
     /// The round trip of a frame and its answer, as last measured.
@@ -148,6 +237,8 @@ impl Path {
         self.closed.store(true, Ordering::Release);
         queue.urgent.clear();
         queue.turns.clear();
+        queue.forwarded.clear();
+        queue.forwarded_bytes = 0;
         queue.done.clear();
         drop(queue);
         self.carrier.wake();
@@ -174,6 +265,19 @@ impl Path {
         queue.frames.push_back(frame);
         drop(queue);
         self.carrier.wake();
+    }
+
+    /// Puts a message of frames that a peer handed over into the round. False when too much waits, and it was dropped.
+    pub fn forward(&self, message: Bytes) -> bool {
+        let mut queue = self.queue();
+        if self.is_closed() || queue.forwarded_bytes + message.len() > MAX_FORWARDED || message.len() > MAX_MESSAGE {
+            return false;
+        }
+        queue.forwarded_bytes += message.len();
+        queue.forwarded.push_back(message);
+        drop(queue);
+        self.carrier.wake();
+        true
     }
 
     /// Tells the peer to forget an exchange that ended well, with the next message; true when it is the first that
@@ -224,48 +328,54 @@ impl Path {
         self.carrier.register(waker);
     }
 
-    /// Fills a message with the frames whose turn it is. It stays empty when there is nothing to send.
+    /// Appends to a message the frames whose turn it is: nothing when there is nothing to send.
     pub fn fill(self: &Arc<Self>, message: &mut BytesMut) {
-        while message.len() + MIN_ROOM <= MAX_PAYLOAD {
+        let start = message.len();
+        while message.len() - start + MIN_ROOM <= MAX_PAYLOAD {
             match self.next() {
                 Some(Next::Frame(frame)) => frame.encode(message),
                 Some(Next::Control(exchange)) => exchange.write_control(self, message),
                 Some(Next::Turn(exchange)) => {
-                    if exchange.write_turn(self, message, MAX_PAYLOAD - message.len()) {
+                    if exchange.write_turn(self, message, MAX_PAYLOAD + start - message.len()) {
                         self.queue().turns.push_back(exchange);
                     }
+                }
+                Some(Next::Forwarded(frames)) if message.len() - start + frames.len() <= MAX_MESSAGE => {
+                    message.extend_from_slice(&frames);
+                }
+                Some(Next::Forwarded(frames)) => {
+                    self.queue().put_back(frames);
+                    break;
                 }
                 None => break,
             }
         }
-        self.fill_done(message);
+        self.fill_done(message, start);
     }
 
     /// DONE rides on what goes anyway, or goes by itself when it was asked for.
-    fn fill_done(&self, message: &mut BytesMut) {
+    fn fill_done(&self, message: &mut BytesMut, start: usize) {
         let mut queue = self.queue();
-        if message.is_empty() && !queue.done_asked {
+        let length = message.len() - start;
+        if length == 0 && !queue.done_asked {
             return;
         }
-        let room = (MAX_MESSAGE - message.len().min(MAX_MESSAGE)) / DONE_LENGTH;
+        let room = MAX_MESSAGE.saturating_sub(length) / DONE_LENGTH;
         let first = queue.done.len().saturating_sub(room);
         queue.done.drain(first..).for_each(|id| Frame::Done(id).encode(message));
         queue.done_asked &= !queue.done.is_empty();
     }
 
     fn next(&self) -> Option<Next> {
-        let mut queue = self.queue();
-        let Queue {
-            frames, urgent, turns, ..
-        } = &mut *queue;
-        (frames.pop_front().map(Next::Frame))
-            .or_else(|| urgent.pop_front().map(Next::Control))
-            .or_else(|| turns.pop_front().map(Next::Turn))
+        self.queue().pop()
     }
 
     /// Counts an exchange as in flight until the value is dropped.
     pub(super) fn hold(self: &Arc<Self>) -> Held {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
+        if let Some(credit) = &self.credit {
+            credit.sharers.fetch_add(1, Ordering::Relaxed);
+        }
         Held(self.clone())
     }
 }
@@ -277,5 +387,8 @@ pub(super) struct Held(pub Arc<Path>);
 impl Drop for Held {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if let Some(credit) = &self.0.credit {
+            credit.sharers.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Clock, Exchange, Role, Wants,
+    Clock, Exchange, NotYours, Role, Wants,
     path::{Owner, Path},
 };
 use crate::{
@@ -29,17 +29,32 @@ const REMEMBERED: usize = 64 * 1024;
 /// What is over is remembered at least this long: longer than any frame travels.
 const TURN_EVERY: Duration = Duration::from_secs(30);
 
+/// How frames find an exchange's ingress when they come by a tunnel that another node holds: addressed by request.
+pub trait WayBack: Send + Sync {
+    /// What comes for this exchange must reach this process from now on, before anything that is sent after this.
+    fn open(&self, id: RequestId);
+    /// Nothing more is expected; `whole`, or else the host may not know yet that it is over.
+    fn close(&self, id: RequestId, whole: bool);
+}
+
 /// The exchanges of one process.
-#[derive(Debug)]
 pub struct Exchanges {
     clock: Clock,
     resume_timeout_ms: AtomicU64,
+    /// At the ingress of a relay.
+    way_back: Option<Arc<dyn WayBack>>,
     /// Each guards a part of the map; held for a look-up.
     shards: [Mutex<HashMap<RequestId, Arc<Exchange>>>; SHARDS],
     /// Paths on which finished exchanges wait to be reported.
     done_on: Mutex<Vec<Arc<Path>>>,
     /// At the host: what is over, so that an OPEN that comes late never calls the upstream again.
     over: Mutex<Over>,
+}
+
+impl std::fmt::Debug for Exchanges {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Exchanges({})", self.len())
+    }
 }
 
 /// Ids of what is over, in two generations.
@@ -69,10 +84,21 @@ impl Over {
 }
 
 impl Exchanges {
-    /// An empty table. Exchanges without a path wait for `resume_timeout`.
+    /// An empty table of hosts, or of ingresses that only local tunnels reach. Exchanges without a path wait for
+    /// `resume_timeout`.
     pub fn new(clock: Clock, resume_timeout: Duration) -> Self {
+        Self::make(clock, resume_timeout, None)
+    }
+
+    /// An empty table of ingresses: those whose tunnel is elsewhere, or was lost, are reached by `way_back`.
+    pub fn with_way_back(clock: Clock, resume_timeout: Duration, way_back: Arc<dyn WayBack>) -> Self {
+        Self::make(clock, resume_timeout, Some(way_back))
+    }
+
+    fn make(clock: Clock, resume_timeout: Duration, way_back: Option<Arc<dyn WayBack>>) -> Self {
         Self {
             clock,
+            way_back,
             resume_timeout_ms: AtomicU64::new(resume_timeout.as_millis() as u64),
             shards: Default::default(),
             done_on: Mutex::default(),
@@ -124,6 +150,9 @@ impl Exchanges {
         let exchange = Arc::new(Exchange::new(id, path.owner.clone(), Role::Ingress, self.clock));
         exchange.state().path = Some(path.hold());
         self.shard(id).insert(id, exchange.clone());
+        if path.is_over_bus() {
+            self.listen(&exchange);
+        }
         Open {
             exchange,
             table: self.clone(),
@@ -149,9 +178,26 @@ impl Exchanges {
         }
     }
 
+    /// Opens the exchange's way back, once.
+    fn listen(&self, exchange: &Exchange) {
+        let Some(way_back) = self.way_back.as_ref().filter(|_| exchange.role == Role::Ingress) else {
+            return;
+        };
+        if !exchange.listens.swap(true, Ordering::Relaxed) {
+            way_back.open(exchange.id);
+        }
+    }
+
     /// Forgets an exchange; at the host it stays known as over.
     pub fn remove(&self, exchange: &Exchange) {
         let known = self.shard(exchange.id).remove(&exchange.id);
+        if let Some(way_back) = self
+            .way_back
+            .as_ref()
+            .filter(|_| exchange.listens.load(Ordering::Relaxed))
+        {
+            way_back.close(exchange.id, exchange.is_whole());
+        }
         if exchange.role == Role::Host && known.is_some() {
             let code = exchange.ended().unwrap_or(Code::Finished);
             self.over
@@ -161,24 +207,27 @@ impl Exchanges {
         }
     }
 
-    /// A frame of an exchange, come on `path`. One that nobody knows is answered with RESET, so that the other end, which
-    /// still believes in it, learns. `Err` when the exchange is somebody else's: the peer lies.
+    /// A frame of an exchange, come on `path`. `Err` when the exchange is somebody else's: the peer lies.
     pub fn on_frame(&self, id: RequestId, frame: Frame, path: &Arc<Path>) -> Result<Taken, NotYours> {
         let Some(exchange) = self.get(id) else {
-            if !matches!(frame, Frame::Reset(..) | Frame::Done(_)) {
-                let over = self.over.lock().unwrap_or_else(PoisonError::into_inner).get(id);
-                path.send(Frame::Reset(id, over.unwrap_or(Code::Gone)));
-            }
-            return Ok(Taken::Unknown);
+            return Ok(Taken::Unknown(frame));
         };
-        if exchange.owner != path.owner {
-            return Err(NotYours);
+        let followed = exchange.on_frame(frame, path)?;
+        if followed && path.is_over_bus() {
+            self.listen(&exchange);
         }
-        let followed = exchange.on_frame(frame, path);
         if exchange.role == Role::Host && exchange.ended().is_some() {
             self.remove(&exchange);
         }
         Ok(if followed { Taken::Moved } else { Taken::Known })
+    }
+
+    /// A frame of an exchange that is not known here, or no more: the other end, which still believes in it, is told.
+    pub fn refuse(&self, id: RequestId, frame: &Frame, path: &Path) {
+        if !matches!(frame, Frame::Reset(..) | Frame::Done(_)) {
+            let over = self.over.lock().unwrap_or_else(PoisonError::into_inner).get(id);
+            path.send(Frame::Reset(id, over.unwrap_or(Code::Gone)));
+        }
     }
 
     fn all(&self) -> Vec<Arc<Exchange>> {
@@ -220,8 +269,12 @@ impl Exchanges {
         if wants == Wants::Nothing {
             return false;
         }
-        let current = exchange.state().path.as_ref().map(|held| held.0.clone());
-        other(&exchange.owner, current.as_ref()).is_some_and(|path| exchange.resume_on(&path))
+        self.listen(exchange);
+        let (owner, current) = {
+            let state = exchange.state();
+            (state.owner.clone(), state.path.as_ref().map(|held| held.0.clone()))
+        };
+        wants == Wants::Path && other(&owner, current.as_ref()).is_some_and(|path| exchange.resume_on(&path))
     }
 
     /// A path is gone: its exchanges go on over another of the same owner, or wait. Returns how many moved.
@@ -229,11 +282,16 @@ impl Exchanges {
         if path.in_flight() == 0 {
             return 0;
         }
-        let moves = |exchange: &Arc<Exchange>| match other {
-            Some(other) => exchange.resume_on(other),
-            None => {
-                exchange.cut_off(path);
-                false
+        let moves = |exchange: &Arc<Exchange>| {
+            if other.is_none_or(|other| other.is_over_bus()) {
+                self.listen(exchange);
+            }
+            match other {
+                Some(other) => exchange.resume_on(other),
+                None => {
+                    exchange.cut_off(path);
+                    false
+                }
             }
         };
         self.all()
@@ -245,19 +303,48 @@ impl Exchanges {
 
     /// A path is there: exchanges of its owner that have none go on over it. Returns how many.
     pub fn path_found(&self, path: &Arc<Path>) -> usize {
-        let waits = |exchange: &&Arc<Exchange>| exchange.owner == path.owner && exchange.cut_for().is_some();
+        let waits = |exchange: &&Arc<Exchange>| exchange.is_of(&path.owner) && exchange.cut_for().is_some();
         self.all()
             .iter()
             .filter(waits)
+            .inspect(|exchange| {
+                if path.is_over_bus() {
+                    self.listen(exchange);
+                }
+            })
             .filter(|exchange| exchange.resume_on(path))
             .count()
+    }
+
+    /// An exchange that reached nobody goes to whoever is at the end of `path`. False when something has reached somebody
+    /// after all, or it is over.
+    pub fn rehome(&self, exchange: &Arc<Exchange>, path: &Arc<Path>) -> bool {
+        if path.is_over_bus() {
+            self.listen(exchange);
+        }
+        exchange.rehome(path)
+    }
+
+    /// Messages of the bus may have been missed: every exchange that is reached over it tells where it stands, and asks.
+    pub fn missed(&self) {
+        self.all()
+            .iter()
+            .filter(|exchange| exchange.listens.load(Ordering::Relaxed))
+            .for_each(Exchange::missed);
+    }
+
+    /// An OPEN of this exchange came back undelivered.
+    pub fn open_returned(&self, id: RequestId) {
+        if let Some(exchange) = self.get(id) {
+            exchange.open_returned();
+        }
     }
 
     /// Ends all exchanges of one owner: its process is gone.
     pub fn owner_left(&self, owner: &Owner, code: Code) {
         self.all()
             .iter()
-            .filter(|exchange| exchange.owner == *owner)
+            .filter(|exchange| exchange.is_of(owner))
             .for_each(|exchange| exchange.reset(code));
     }
 
@@ -265,20 +352,20 @@ impl Exchanges {
     pub fn reset_owners(&self, doomed: &HashSet<Owner>, code: Code) {
         self.all()
             .iter()
-            .filter(|exchange| doomed.contains(&exchange.owner))
+            .filter(|exchange| doomed.contains(&exchange.owner()))
             .for_each(|exchange| exchange.reset(code));
     }
 }
 
 /// Whether a frame found its exchange.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum Taken {
     /// It did.
     Known,
     /// It did, and the exchange goes on over the path that it came on.
     Moved,
-    /// Nobody knows the exchange; whoever sent the frame was told.
-    Unknown,
+    /// The exchange is not known here: the frame comes back.
+    Unknown(Frame),
 }
 
 /// What became of an OPEN at the host.
@@ -291,11 +378,6 @@ pub enum Accepted {
     /// It will not be called; answer with RESET and this code.
     Over(Code),
 }
-
-/// A peer spoke in an exchange that is not its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a frame for somebody else's exchange")]
-pub struct NotYours;
 
 /// An exchange that this process opened; dropping it ends it.
 #[derive(Debug)]

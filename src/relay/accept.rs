@@ -1,7 +1,11 @@
 //! The agents' door: `GET /ws?clientId=…` with sub-protocol `adit.v1`. Checks, switches protocols, and runs the tunnel
 //! until it ends. The only place of the relay that knows the WebSocket handshake.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
@@ -11,17 +15,18 @@ use hyper_util::rt::TokioIo;
 use super::{
     State,
     out_body::OutBody,
-    tunnels::{Joined, Tunnel},
+    tunnels::{Joined, Refused, Tunnel},
 };
 use crate::{
-    cluster::{now_ms, registry::ConnectionRow},
+    cluster::{letter::News, now_ms, peer::Parcel, registry::ConnectionRow},
     error::Cause,
     exchange::{
+        NotYours,
         link::{KeepAlive, LinkEnd, Taker, drive},
         path::{Owner, Path},
-        table::{NotYours, Taken},
+        table::Taken,
     },
-    ids::{ClientId, TokenId, TunnelId},
+    ids::{ClientId, RequestId, TokenId, TunnelId},
     telemetry::{AuthFailure, FrameDrop, Violation},
     wire::{
         frame::{Code, Frame, FrameError, SUBPROTOCOL},
@@ -122,22 +127,25 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
         instance_id: hello.instance_id,
     };
     let path = Path::new(owner, state.exchanges.clock());
-    let tunnel = Arc::new(Tunnel {
-        id: TunnelId::new(),
-        slot: hello.slot,
-        token_id,
-        remote,
-        path,
-    });
-    let Ok(joined) = state
-        .tunnels
-        .join(tunnel.clone(), state.config.tunnels.max_tunnels_per_client)
-    else {
-        return tracing::warn!(client.id = %tunnel.path.owner.client_id, "the client holds as many tunnels as it may: refused");
+    let tunnel = Tunnel::here(hello.slot, hello.generation, token_id, remote, path);
+    let limit = state.config.tunnels.max_tunnels_per_client;
+    let joined = match state.tunnels.join(tunnel.clone(), limit) {
+        Ok(joined) => joined,
+        Err(Refused::TooMany) => {
+            return tracing::warn!(client.id = %tunnel.path.owner.client_id, "the client holds as many tunnels as it may: refused");
+        }
+        Err(Refused::Old) => {
+            return tracing::info!(client.id = %tunnel.path.owner.client_id, "the agent has dialled again meanwhile: this tunnel is not needed");
+        }
     };
     let _counted = state.metrics.tunnel();
-    begin(&state, &joined, &hello);
-    let taker = RelayTaker { state: state.clone() };
+    begin(&state, &joined, &hello, token_id, remote);
+    let card = tunnel.card(state.peers.node_id());
+    let taker = RelayTaker {
+        tunnel_ws_id: tunnel.id,
+        parcel: Mutex::new(card.map(Parcel::new)),
+        state: state.clone(),
+    };
     let keep_alive = KeepAlive {
         interval: state.config.tunnels.ping_interval,
         timeout: state.config.tunnels.ping_timeout,
@@ -160,7 +168,7 @@ async fn read_hello(socket: &mut FrameSocket<TokioIo<Upgraded>>) -> Result<Agent
 
 /// The tunnel is in the table: the older one of its slot goes, the agent learns where it is, the registry too, and what
 /// waits for this agent goes on.
-fn begin(state: &State, joined: &Joined, hello: &AgentHello) {
+fn begin(state: &State, joined: &Joined, hello: &AgentHello, token_id: TokenId, remote: IpAddr) {
     let tunnel = &joined.tunnel;
     let Owner { client_id, instance_id } = &tunnel.path.owner;
     tunnel.path.send(hello::to_frame(&RelayHello {
@@ -185,15 +193,18 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello) {
         dialect: "adit".into(),
         instance_id: Some(*instance_id),
         slot: Some(tunnel.slot),
-        token_id: Some(tunnel.token_id),
+        token_id: Some(token_id),
         agent_version: Some(hello.version.chars().take(64).collect()),
-        remote_addr: tunnel.remote.to_string(),
+        remote_addr: remote.to_string(),
         connected_at: now_ms(),
     });
+    if let Some(card) = tunnel.card(state.peers.node_id()) {
+        state.peers.tell(client_id, News::Up(card));
+    }
     let resumed = state.exchanges.path_found(&tunnel.path);
     state.metrics.exchanges_moved(resumed);
     tracing::info!(
-        client.id = %client_id, tunnel.id = %tunnel.id, tunnel.slot = tunnel.slot, remote = %tunnel.remote,
+        client.id = %client_id, tunnel.id = %tunnel.id, tunnel.slot = tunnel.slot, remote = %remote,
         agent.version = hello.version, exchanges.resumed = resumed, "tunnel open"
     );
 }
@@ -219,6 +230,10 @@ fn finish(state: &State, joined: Joined, end: &LinkEnd) {
     drop(joined);
     tunnel.path.close();
     state.registry.forget(tunnel.id);
+    let tunnel_ws_id = tunnel.id;
+    state
+        .peers
+        .tell(&tunnel.path.owner.client_id, News::Down { tunnel_ws_id });
     let other = state.tunnels.other_path(&tunnel.path.owner, Some(&tunnel.path));
     let in_flight = tunnel.path.in_flight();
     state
@@ -244,9 +259,29 @@ fn violation_of(end: &LinkEnd) -> Option<Violation> {
     }
 }
 
-/// Takes the frames of one tunnel.
+/// Takes the frames of one tunnel: to the exchanges whose downstream is here, or to the node that has it.
 struct RelayTaker {
     state: Arc<State>,
+    tunnel_ws_id: TunnelId,
+    /// What of the message at hand is for other nodes. Only the link's own task locks it.
+    parcel: Mutex<Option<Parcel>>,
+}
+
+impl RelayTaker {
+    fn parcel(&self) -> MutexGuard<'_, Option<Parcel>> {
+        self.parcel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An exchange that is not known here is another node's, or nobody's.
+    fn pass_on(&self, id: RequestId, frame: &Frame, path: &Path) {
+        if self.state.peers.bus().is_alone() {
+            self.state.metrics.frame_dropped(FrameDrop::UnknownExchange);
+            return self.state.exchanges.refuse(id, frame, path);
+        }
+        if let Some(parcel) = self.parcel().as_mut() {
+            parcel.add(id, frame, path, &self.state.peers);
+        }
+    }
 }
 
 impl Taker for RelayTaker {
@@ -255,28 +290,39 @@ impl Taker for RelayTaker {
             self.state.metrics.frame_dropped(FrameDrop::Superseded);
             return Ok(());
         }
+        let state = &self.state;
         match &frame {
             Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) => {
                 let id = *id;
-                let taken = self.state.exchanges.on_frame(id, frame, path);
+                let taken = state.exchanges.on_frame(id, frame, path);
                 match taken.map_err(|NotYours| LinkEnd::Foreign)? {
                     Taken::Known => {}
-                    Taken::Moved => self.state.metrics.exchanges_moved(1),
-                    Taken::Unknown => self.state.metrics.frame_dropped(FrameDrop::UnknownExchange),
+                    Taken::Moved => state.metrics.exchanges_moved(1),
+                    Taken::Unknown(frame) => self.pass_on(id, &frame, path),
                 }
                 Ok(())
             }
             Frame::Goodbye => {
-                self.state.exchanges.owner_left(&path.owner, Code::AgentLeft);
+                state.exchanges.owner_left(&path.owner, Code::AgentLeft);
+                let Owner { client_id, instance_id } = path.owner.clone();
+                state.peers.tell(&client_id, News::AgentLeft { instance_id });
                 Ok(())
             }
             Frame::Drain(_) => {
                 path.set_leaving();
+                let tunnel_ws_id = self.tunnel_ws_id;
+                state.peers.tell(&path.owner.client_id, News::Leaving { tunnel_ws_id });
                 Ok(())
             }
             Frame::Open(..) | Frame::Done(_) => Err(LinkEnd::Violation("it sent a frame that only a relay sends")),
             Frame::Hello(_) => Err(LinkEnd::Violation("it said hello twice")),
             _ => Ok(()),
+        }
+    }
+
+    fn on_message_end(&self, _path: &Arc<Path>) {
+        if let Some(parcel) = self.parcel().as_mut() {
+            parcel.send(&self.state.peers);
         }
     }
 }

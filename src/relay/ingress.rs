@@ -18,17 +18,18 @@ use super::{
     respond::{self, Failed},
     router,
     strict::Target,
-    tunnels::Tunnel,
 };
 use crate::{
     cluster::registry::Client,
     error::Cause,
-    exchange::ingress::{Answer, Failure, Ingress},
+    exchange::{
+        ingress::{Answer, Failure, Ingress},
+        table::Open,
+    },
     ids::{ClientId, RequestId},
     telemetry::{self, AuthFailure},
     wire::{
         fields,
-        frame::Code,
         head::{RequestFlags, RequestHead},
     },
 };
@@ -86,24 +87,26 @@ async fn serve_recorded(
     let (mut asked, mut body) = ask(state, arrival).await?;
     let mut not = None;
     loop {
-        let tunnel = router::route(&state.tunnels, &asked.client, not.as_ref(), state.parking()).await?;
+        let tunnel = router::route(state, &asked.client, not.as_ref()).await?;
+        let open = state.exchanges.open(request_id, &tunnel.path);
+        let exchange = open.exchange.clone();
         let called = tokio::select! {
-            called = call(state, &asked, &tunnel, request_id, body.take()) => called,
-            () = router::deserted(&state.tunnels, &tunnel.path), if asked.repeatable => Err(Failure::Reset(Code::PathLost)),
+            called = call(state, &asked, open, body.take()) => called.map_err(Failed::Exchange),
+            failed = router::follow(state, &asked, &exchange) => Err(failed),
         };
         let failed = match called {
             Ok(answer) => match respond::respond(state, &mut asked, answer, record).await {
                 Ok(response) => return Ok(response),
                 Err(failed) => failed,
             },
-            Err(failure) => Failed::Exchange(failure),
+            Err(failed) => failed,
         };
         if !asked.repeatable || !failed.may_succeed_elsewhere(asked.buffered) {
             return Err(failed.cause());
         }
         asked.repeatable = false;
         request_id = RequestId::new(); // an agent answers each name once
-        not = failed.left_for_good().then(|| tunnel.path.owner.clone());
+        not = failed.left_for_good().then(|| exchange.owner());
     }
 }
 
@@ -185,14 +188,8 @@ fn is_idempotent(method: &Method) -> bool {
     )
 }
 
-/// Sends it over a tunnel, and waits for the head of the answer.
-async fn call(
-    state: &State,
-    asked: &Asked,
-    tunnel: &Tunnel,
-    request_id: RequestId,
-    body: Option<Incoming>,
-) -> Result<Answer, Failure> {
+/// Sends it through its exchange, and waits for the head of the answer.
+async fn call(state: &State, asked: &Asked, open: Open, body: Option<Incoming>) -> Result<Answer, Failure> {
     let ingress = Ingress {
         response_timeout: state.config.http.response_timeout,
         body_idle: state.config.http.body_idle_timeout,
@@ -203,7 +200,5 @@ async fn call(
             asked.connection.informational(head.status, &head.headers);
         }
     };
-    ingress
-        .call(&state.exchanges, &tunnel.path, request_id, &asked.head, body, interim)
-        .await
+    ingress.call(open, &asked.head, body, interim).await
 }

@@ -14,18 +14,24 @@ use super::{
     Listeners, State,
     admin::{self, Readiness},
     downstream::{io::Timeouts, listener},
+    inbox::NodeInbox,
     routes,
-    tunnels::Tunnel,
+    tunnels::{Place, Tunnel},
 };
 use crate::{
-    cluster::registry::RegistryEvent,
-    exchange::table::TICK,
+    cluster::{bus::Channel, letter::News, registry::RegistryEvent},
+    exchange::{path::Path, table::TICK},
     shutdown::Shutdown,
     wire::frame::{Code, Frame},
 };
 
 /// How often clients that left long ago are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(10);
+/// How long agents get to open tunnels elsewhere, where there is an elsewhere. Each closes as its successor is up.
+const MOVING: Duration = Duration::from_secs(10);
+/// A tunnel that carries exchanges and says nothing is asked whether it lives this often, so that one that is wedged is
+/// noticed long before its keep-alive gives up.
+const ASK_SILENT_EVERY: Duration = Duration::from_secs(1);
 /// How long closed tunnels may take to flush their last words.
 const CLOSING: Duration = Duration::from_secs(3);
 
@@ -44,6 +50,7 @@ pub(super) async fn run(
         let (registry, close) = (state.registry.clone(), close_rest.clone());
         async move { registry.run(close.cancelled_owned()).await }
     });
+    tasks.spawn(speak_with_peers(state.clone(), close_rest.clone()));
     tasks.spawn(pass_time(state.clone(), close_rest.clone()));
     tasks.spawn(obey_revocations(state.clone(), close_rest.clone()));
     on_ready();
@@ -78,13 +85,24 @@ async fn leave(state: &State, close_public: &CancellationToken) {
         tunnels = state.tunnels.len(),
         "draining"
     );
-    // 2. Agents open tunnels elsewhere first.
+    // 2. Peers send nothing new through this node, and agents open tunnels elsewhere first.
     let left = state.config.drain_timeout.as_millis() as u32;
-    state
-        .tunnels
-        .all()
-        .iter()
-        .for_each(|tunnel| tunnel.path.send(Frame::Drain(left)));
+    for tunnel in state.tunnels.held() {
+        let tunnel_ws_id = tunnel.id;
+        state
+            .peers
+            .tell(&tunnel.path.owner.client_id, News::Leaving { tunnel_ws_id });
+        tunnel.path.send(Frame::Drain(left));
+    }
+    if state.registry.has_peers() {
+        let moved = async {
+            while !state.tunnels.is_empty() {
+                tokio::time::sleep(TICK).await;
+            }
+        };
+        let patience = Instant::now() + state.config.drain_timeout.min(MOVING);
+        tokio::time::timeout_at(patience.into(), moved).await.ok();
+    }
     // 3. What is in flight ends by itself.
     let idle = async {
         while !state.exchanges.is_empty() {
@@ -103,7 +121,7 @@ async fn leave(state: &State, close_public: &CancellationToken) {
 
 /// The tunnels say goodbye; their rows go with them.
 async fn close_tunnels(state: &State, shutdown: &Shutdown) {
-    state.tunnels.all().iter().for_each(|tunnel| tunnel.close(None));
+    state.tunnels.held().iter().for_each(|tunnel| tunnel.close(None));
     state.tasks.close();
     tokio::select! {
         done = tokio::time::timeout(CLOSING, state.tasks.wait()) => {
@@ -139,15 +157,35 @@ async fn serve_admin(state: Arc<State>, socket: tokio::net::TcpListener, close: 
     let (readiness, metrics) = (state.clone(), state.clone());
     let admin = admin::Admin {
         registry: state.registry.clone(),
-        readiness: Box::new(move || match readiness.is_draining() {
-            true => Readiness::NotReady("this node is leaving"),
-            false => Readiness::Ready,
-        }),
-        metrics: Box::new(move || metrics.metrics.render()),
+        readiness: Box::new(move || readiness_of(&readiness)),
+        metrics: Box::new(move || metrics.metrics.render(metrics.peers.bus().counts())),
     };
     let served = axum::serve(socket, admin::router(Arc::new(admin)));
     if let Err(error) = served.with_graceful_shutdown(close.cancelled_owned()).await {
         tracing::error!(%error, "the admin listener failed");
+    }
+}
+
+/// A database or a bus that is away is no reason to send traffic elsewhere: it would be away there too.
+fn readiness_of(state: &State) -> Readiness {
+    if state.is_draining() {
+        return Readiness::NotReady("this node is leaving");
+    }
+    match (state.peers.bus().is_up(), state.registry.is_away()) {
+        (true, false) => Readiness::Ready,
+        (false, _) => Readiness::Degraded("the bus is away: requests whose tunnel is on another node fail"),
+        (true, true) => Readiness::Degraded("the database is away: clients that are not cached fail"),
+    }
+}
+
+/// Speaks with the other nodes, over the bus.
+async fn speak_with_peers(state: Arc<State>, close: CancellationToken) {
+    let peers = &state.peers;
+    peers.bus().subscribe(Channel::Node(peers.node_id()));
+    tokio::select! {
+        () = peers.bus().run(Arc::new(NodeInbox(state.clone()))) => {}
+        () = peers.carry(|lost| state.undelivered(lost)) => {}
+        () = close.cancelled() => {}
     }
 }
 
@@ -156,15 +194,26 @@ async fn pass_time(state: Arc<State>, close: CancellationToken) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut forget = tokio::time::interval(FORGET_EVERY);
+    let mut ask = tokio::time::interval(ASK_SILENT_EVERY);
     loop {
         tokio::select! {
             _ = ticks.tick() => {
                 let moved = state.exchanges.tick(|owner, not| state.tunnels.other_path(owner, not));
                 state.metrics.exchanges_moved(moved);
+                state.peers.on_tick();
             }
+            _ = ask.tick() => ask_silent(&state),
             _ = forget.tick() => state.tunnels.forget(state.config.tunnels.park_memory),
             () = close.cancelled() => return,
         }
+    }
+}
+
+fn ask_silent(state: &State) {
+    let now = state.exchanges.clock().now();
+    let silent = |path: &Path| path.in_flight() > 0 && path.silent_for(now) >= ASK_SILENT_EVERY;
+    for tunnel in state.tunnels.held().iter().filter(|tunnel| silent(&tunnel.path)) {
+        tunnel.path.send(Frame::Ping(now.as_micros() as u64));
     }
 }
 
@@ -177,11 +226,17 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
             () = close.cancelled() => return,
         };
         match event {
-            Ok(RegistryEvent::TokenRevoked { token_id, .. }) => revoke(&state, |tunnel| tunnel.token_id == token_id),
+            Ok(RegistryEvent::TokenRevoked { client_id, token_id }) => {
+                state.peers.tell(&client_id, News::TokenRevoked { token_id });
+                revoke(&state, |tunnel| tunnel.was_opened_with(token_id));
+            }
             Ok(RegistryEvent::ClientDeleted { client_id }) => {
+                state.peers.tell(&client_id, News::ClientDeleted);
                 revoke(&state, |tunnel| tunnel.path.owner.client_id == client_id);
             }
-            Ok(RegistryEvent::ClientChanged { .. }) => {}
+            Ok(RegistryEvent::ClientChanged { client_id }) => {
+                state.peers.tell(&client_id, News::ClientChanged);
+            }
             // Too many at once to be told one by one: look which tokens are still good.
             Err(broadcast::error::RecvError::Lagged(_)) => recheck(&state).await,
             Err(broadcast::error::RecvError::Closed) => return close.cancelled().await,
@@ -189,10 +244,10 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
     }
 }
 
-fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
+pub(super) fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
     let tunnels: Vec<_> = state
         .tunnels
-        .all()
+        .held()
         .into_iter()
         .filter(|tunnel| doomed(tunnel))
         .collect();
@@ -207,12 +262,15 @@ fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
 }
 
 async fn recheck(state: &State) {
-    for tunnel in state.tunnels.all() {
+    for tunnel in state.tunnels.held() {
+        let Place::Here { token_id, .. } = tunnel.place else {
+            continue;
+        };
         let client_id = &tunnel.path.owner.client_id;
         let Ok(client) = state.registry.client(client_id).await else {
             continue;
         };
-        if !client.is_some_and(|client| client.has_token(tunnel.token_id)) {
+        if !client.is_some_and(|client| client.has_token(token_id)) {
             revoke(state, |other| other.id == tunnel.id);
         }
     }

@@ -4,7 +4,8 @@
 //! - [`downstream`]: connections, their limits and deadlines
 //! - [`routes`]: every route · [`strict`]: which heads are let in · [`client_of`]: whose they are
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
-//! - [`tunnels`]: the agents' sockets that this node holds · [`accept`]: the door they come in by
+//! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
+//! - [`accept`]: the door that agents come in by · [`inbox`]: what comes from peers, over the bus
 //! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
 
 use std::{
@@ -24,6 +25,7 @@ pub mod client_of;
 pub mod downstream;
 pub mod forward;
 pub mod forwarded;
+mod inbox;
 pub mod ingress;
 pub mod lifecycle;
 pub mod out_body;
@@ -35,6 +37,8 @@ pub mod tunnels;
 
 use crate::{
     cluster::{
+        bus::{Bus, local::Hub},
+        peer::Peers,
         registry::{Node, Registry},
         store::Store,
     },
@@ -61,7 +65,9 @@ pub struct State {
     pub registry: Arc<Registry>,
     /// Credentials and their checks.
     pub auth: auth::Auth,
-    /// The tunnels held here.
+    /// The other nodes, by the bus.
+    pub peers: Arc<Peers>,
+    /// The tunnels held here, or known to be held by peers.
     pub tunnels: Arc<tunnels::Tunnels>,
     /// The exchanges whose downstream is here.
     pub exchanges: Arc<Exchanges>,
@@ -76,7 +82,13 @@ pub struct State {
 }
 
 impl State {
-    fn new(config: RelayConfig, registry: Arc<Registry>, bound: SocketAddr) -> Self {
+    fn new(config: RelayConfig, registry: Arc<Registry>, bus: Bus, bound: SocketAddr) -> Self {
+        let (clock, resume_timeout) = (Clock::default(), config.tunnels.resume_timeout);
+        let peers = Arc::new(Peers::new(Arc::new(bus), registry.node_id()));
+        let exchanges = match peers.bus().is_alone() {
+            true => Exchanges::new(clock, resume_timeout),
+            false => Exchanges::with_way_back(clock, resume_timeout, peers.clone()),
+        };
         let limits = strict::Limits {
             target: config.http.max_target,
             headers: config.http.max_header_bytes,
@@ -86,8 +98,9 @@ impl State {
             limits,
             auth: auth::Auth::new(registry.clone()),
             registry,
-            tunnels: Arc::default(),
-            exchanges: Arc::new(Exchanges::new(Clock::default(), config.tunnels.resume_timeout)),
+            tunnels: tunnels::Tunnels::new(peers.clone(), clock),
+            exchanges: Arc::new(exchanges),
+            peers,
             metrics: Metrics::new(),
             tasks: TaskTracker::new(),
             buffers: Arc::new(Semaphore::new(config.http.buffered_total / BUFFER_UNIT)),
@@ -116,13 +129,6 @@ impl State {
         self.drain_until
             .borrow()
             .map(|until| until.saturating_duration_since(Instant::now()))
-    }
-
-    fn parking(&self) -> router::Parking {
-        router::Parking {
-            timeout: self.config.tunnels.park_timeout,
-            memory: self.config.tunnels.park_memory,
-        }
     }
 }
 
@@ -167,12 +173,19 @@ pub struct Ready {
 /// ```
 pub struct Relay {
     config: RelayConfig,
+    hub: Arc<Hub>,
 }
 
 impl Relay {
     /// Touches nothing.
     pub fn new(config: RelayConfig) -> Self {
-        Self { config }
+        let hub = Hub::new();
+        Self { config, hub }
+    }
+
+    /// One of several nodes in this process, which share a registry and, instead of Redis, this hub. Touches nothing.
+    pub fn on_hub(config: RelayConfig, hub: Arc<Hub>) -> Self {
+        Self { config, hub }
     }
 
     /// Opens the registry, serves, and drains when `shutdown` says so. `on_ready` is called once requests are served.
@@ -182,6 +195,10 @@ impl Relay {
         shutdown: Shutdown,
         on_ready: impl FnOnce(Ready),
     ) -> anyhow::Result<()> {
+        let bus = match &self.config.redis_url {
+            Some(url) => Bus::redis(url)?,
+            None => Bus::local(&self.hub),
+        };
         let store = Store::open(self.config.database_url.expose()).await?;
         let node = Node::new(&listeners.admin.local_addr()?.to_string());
         let registry = Arc::new(Registry::new(store, node));
@@ -190,6 +207,7 @@ impl Relay {
         let state = Arc::new(State::new(
             self.config,
             registry.clone(),
+            bus,
             listeners.public.local_addr()?,
         ));
         lifecycle::run(state, listeners, shutdown, move || {

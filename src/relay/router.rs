@@ -1,43 +1,109 @@
-//! Finding the tunnel for a request (DESIGN.md §4): one held here, or, if its client was connected a moment ago, the next
-//! one to come.
+//! Finding the tunnel for a request (DESIGN.md §4): one held here, or one that a peer holds, or, if its client was connected
+//! a moment ago, the next one to come to any node.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::tunnels::{Tunnel, Tunnels};
+use super::{State, ingress::Asked, respond::Failed, tunnels::Tunnel};
 use crate::{
-    cluster::{now_ms, registry::Client},
+    cluster::{
+        letter::Card,
+        now_ms,
+        registry::{Client, Holder, RegistryAway},
+    },
     error::Cause,
-    exchange::path::{Owner, Path},
+    exchange::{Exchange, ingress::Failure, path::Owner},
+    ids::ClientId,
+    wire::frame::Code,
 };
 
-/// How long requests wait for a tunnel, and for whom.
-#[derive(Debug, Clone, Copy)]
-pub struct Parking {
-    /// A request waits this long for a tunnel.
-    pub timeout: Duration,
-    /// If its client was connected within this.
-    pub memory: Duration,
-}
+/// A request that waits has the registry asked this often: news of a tunnel may have been lost.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// A request whose tunnels are all at peers waits so long for the bus when that is away.
+const BUS_PATIENCE: Duration = Duration::from_millis(1500);
+/// How often the bus is looked at meanwhile.
+const BUS_LOOK: Duration = Duration::from_millis(50);
 
 /// A tunnel of the client, not one of `not`'s if given. Waits for one if the client was just here.
-pub async fn route(
-    tunnels: &Tunnels,
-    client: &Client,
-    not: Option<&Owner>,
-    parking: Parking,
-) -> Result<Arc<Tunnel>, Cause> {
-    if let Some(tunnel) = tunnels.pick(&client.client_id, not) {
-        return Ok(tunnel);
+pub(super) async fn route(state: &State, client: &Client, not: Option<&Owner>) -> Result<Arc<Tunnel>, Cause> {
+    let (client_id, config) = (&client.client_id, &state.config.tunnels);
+    let until = Instant::now() + config.park_timeout;
+    let mut looked = look_up(state, client_id, None).await;
+    loop {
+        let coming = state.tunnels.coming(client_id);
+        let mut next = std::pin::pin!(coming.notified());
+        next.as_mut().enable();
+        if let Some(tunnel) = state.tunnels.pick(client_id, not) {
+            return reachable(state, tunnel).await;
+        }
+        if !state.tunnels.was_here(client_id, config.park_memory) && !seen_lately(client, config.park_memory) {
+            return Err(looked.map_or_else(Cause::from, |()| Cause::NoTunnel));
+        }
+        tokio::select! {
+            () = next => {}
+            () = tokio::time::sleep(LOOK_EVERY) => looked = look_up(state, client_id, Some(LOOK_EVERY)).await,
+            () = tokio::time::sleep_until(until) => return Err(Cause::NoTunnel),
+        }
     }
-    if !tunnels.was_here(&client.client_id, parking.memory) && !seen_lately(client, parking.memory) {
-        return Err(Cause::NoTunnel);
+}
+
+/// A peer's tunnel is of use while the bus carries.
+async fn reachable(state: &State, tunnel: Arc<Tunnel>) -> Result<Arc<Tunnel>, Cause> {
+    let until = Instant::now() + BUS_PATIENCE;
+    while !tunnel.is_here() && !state.peers.bus().is_up() {
+        if Instant::now() >= until {
+            return Err(Cause::Unavailable(
+                "the relay's nodes cannot reach each other right now: try again",
+            ));
+        }
+        tokio::time::sleep(BUS_LOOK).await;
     }
-    tunnels
-        .wait(&client.client_id, not, parking.timeout)
-        .await
-        .ok_or(Cause::NoTunnel)
+    Ok(tunnel)
+}
+
+/// Asks the registry which peers hold tunnels of this client, unless one is here or it was asked just now.
+pub(super) async fn look_up(
+    state: &State,
+    client_id: &ClientId,
+    fresh_for: Option<Duration>,
+) -> Result<(), RegistryAway> {
+    if state.peers.bus().is_alone() || !state.tunnels.is_stale(client_id, fresh_for) {
+        return Ok(());
+    }
+    let here = state
+        .tunnels
+        .pick(client_id, None)
+        .is_some_and(|tunnel| tunnel.is_here());
+    if here && fresh_for.is_none() {
+        return Ok(());
+    }
+    let holders = state.registry.holders(client_id).await?;
+    let me = state.peers.node_id();
+    let at_peers = || holders.iter().filter(|holder| holder.node_id != me);
+    let cards: Vec<Card> = at_peers().filter_map(card).collect();
+    let (new, gone) = state.tunnels.reconcile(client_id, &cards);
+    new.into_iter().for_each(|learned| state.follow_news(learned));
+    gone.iter().for_each(|tunnel| state.lose_peer(tunnel));
+    for leaving in at_peers().filter(|holder| holder.draining) {
+        if let Some(tunnel) = state.tunnels.find(client_id, leaving.tunnel.tunnel_ws_id) {
+            tunnel.path.set_leaving();
+        }
+    }
+    Ok(())
+}
+
+/// A row as a peer would tell of it. Tunnels of the MoosicBox dialect have no instance.
+fn card(holder: &Holder) -> Option<Card> {
+    let row = &holder.tunnel;
+    Some(Card {
+        node_id: holder.node_id,
+        tunnel_ws_id: row.tunnel_ws_id,
+        client_id: row.client_id.clone(),
+        instance_id: row.instance_id?,
+        slot: row.slot?,
+        generation: 0,
+    })
 }
 
 /// Whether any node saw it: after a restart, the agents are about to come back.
@@ -49,24 +115,37 @@ fn seen_lately(client: &Client, memory: Duration) -> bool {
 /// An agent without a tunnel for this long is given up for a request that another agent could answer as well.
 const DESERTED_AFTER: Duration = Duration::from_secs(2);
 /// How often that is looked at, once its tunnel is lost.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const DESERTED_LOOK: Duration = Duration::from_millis(200);
 
-/// Waits until the agent at the end of `path` has lost its tunnels and not come back, while another agent of the client
-/// is here: a killed agent that was started again is another.
-pub async fn deserted(tunnels: &Tunnels, path: &Arc<Path>) {
-    let mut path = path.clone();
+/// Keeps a request on its way until its answer is here. What certainly reached nobody goes elsewhere, at once, whatever
+/// it is. What may have reached an agent stays with that, but for a repeatable one whose agent is gone. Returns when
+/// there is nowhere to go.
+pub(super) async fn follow(state: &State, asked: &Asked, exchange: &Arc<Exchange>) -> Failed {
     loop {
-        path.closed().await;
-        let lost_at = Instant::now();
-        path = loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            if let Some(back) = tunnels.other_path(&path.owner, Some(&path)) {
-                break back;
+        tokio::select! {
+            () = exchange.unreached() => match route(state, &asked.client, None).await {
+                Ok(tunnel) => drop(state.exchanges.rehome(exchange, &tunnel.path)),
+                Err(cause) => return Failed::Answer(cause),
+            },
+            () = deserted(state, exchange), if asked.repeatable => {
+                return Failed::Exchange(Failure::Reset(Code::PathLost));
             }
-            let another = || tunnels.pick(&path.owner.client_id, Some(&path.owner));
-            if lost_at.elapsed() >= DESERTED_AFTER && another().is_some() {
-                return;
-            }
-        };
+        }
+    }
+}
+
+/// Waits until the exchange's agent has lost its tunnels and not come back, while another agent of the client is here: a
+/// killed agent that was started again is another.
+async fn deserted(state: &State, exchange: &Exchange) {
+    loop {
+        match exchange.path().filter(|path| !path.is_closed()) {
+            Some(path) => path.closed().await,
+            None => tokio::time::sleep(DESERTED_LOOK).await,
+        }
+        let owner = exchange.owner();
+        let lost = exchange.cut_for().is_some_and(|time| time >= DESERTED_AFTER);
+        if lost && state.tunnels.pick(&owner.client_id, Some(&owner)).is_some() {
+            return;
+        }
     }
 }

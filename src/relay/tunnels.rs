@@ -1,4 +1,5 @@
-//! The tunnels that this node holds, by client; who was here a moment ago; and the requests that wait for a tunnel.
+//! The tunnels that this node knows, by client: those that it holds, and those that it has heard its peers hold; who was
+//! here a moment ago; and the requests that wait for a tunnel.
 
 use std::{
     collections::HashMap,
@@ -10,61 +11,215 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use crate::{
-    exchange::path::{Owner, Path},
-    ids::{ClientId, TokenId, TunnelId},
+    cluster::{bus::Channel, letter::Card, peer::Peers},
+    exchange::{
+        Clock,
+        path::{Owner, Path},
+    },
+    ids::{ClientId, NodeId, TokenId, TunnelId},
     wire::frame::Frame,
 };
 
-/// One agent WebSocket that this node holds.
+/// What a peer holds is looked up again when it was last looked up so long ago: the longest that news which was lost
+/// goes unnoticed.
+const FRESH_FOR: Duration = Duration::from_secs(10);
+/// A peer's tunnel that turned out to be gone is not believed in again for so long, whatever the registry says.
+const SHUNNED_FOR: Duration = Duration::from_secs(2);
+/// A peer's tunnel that was heard of so lately may not be in the registry yet.
+const UNRECORDED_FOR: Duration = Duration::from_secs(3);
+
+/// One agent WebSocket.
 #[derive(Debug)]
 pub struct Tunnel {
     /// Its name in the registry.
     pub id: TunnelId,
     /// Which of its instance's tunnels it is.
     pub slot: u32,
-    /// The access token it was opened with: revoking that closes it.
-    pub token_id: TokenId,
-    /// Where the agent's connection comes from.
-    pub remote: IpAddr,
+    /// The agent's count of its dials of this slot.
+    pub generation: u64,
+    /// Who holds it.
+    pub place: Place,
     /// Where its frames go.
     pub path: Arc<Path>,
+    /// When it was first heard of.
+    since: Instant,
+}
+
+/// Who holds a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// This node.
+    Here {
+        /// The access token it was opened with: revoking that closes it.
+        token_id: TokenId,
+        /// Where the agent's connection comes from.
+        remote: IpAddr,
+    },
+    /// Another.
+    At(NodeId),
 }
 
 impl Tunnel {
+    /// A tunnel that this node holds.
+    pub fn here(slot: u32, generation: u64, token_id: TokenId, remote: IpAddr, path: Arc<Path>) -> Arc<Self> {
+        Arc::new(Self {
+            id: TunnelId::new(),
+            slot,
+            generation,
+            place: Place::Here { token_id, remote },
+            path,
+            since: Instant::now(),
+        })
+    }
+
+    fn at_peer(card: &Card, path: Arc<Path>) -> Arc<Self> {
+        Arc::new(Self {
+            id: card.tunnel_ws_id,
+            slot: card.slot,
+            generation: card.generation,
+            place: Place::At(card.node_id),
+            path,
+            since: Instant::now(),
+        })
+    }
+
     fn client_id(&self) -> &ClientId {
         &self.path.owner.client_id
     }
 
+    /// Whether this node holds it.
+    pub fn is_here(&self) -> bool {
+        matches!(self.place, Place::Here { .. })
+    }
+
+    /// Whether this node holds it, and it was opened with this token.
+    pub fn was_opened_with(&self, token: TokenId) -> bool {
+        matches!(self.place, Place::Here { token_id, .. } if token_id == token)
+    }
+
+    /// How peers are told of it; `None` when it is a peer's.
+    pub fn card(&self, node_id: NodeId) -> Option<Card> {
+        self.is_here().then(|| Card {
+            node_id,
+            tunnel_ws_id: self.id,
+            client_id: self.client_id().clone(),
+            instance_id: self.path.owner.instance_id,
+            slot: self.slot,
+            generation: self.generation,
+        })
+    }
+
     /// Tells the agent why, and closes.
     pub fn close(&self, last: Option<Frame>) {
-        if let Some(frame) = last {
+        if let Some(frame) = last.filter(|_| self.is_here()) {
             self.path.send(frame);
         }
         self.path.close();
     }
 }
 
-/// All tunnels of this node.
-#[derive(Debug, Default)]
+/// All tunnels that this node knows.
 pub struct Tunnels {
+    peers: Arc<Peers>,
+    clock: Clock,
     /// Guards the table; held for a look-up or a change.
     clients: RwLock<HashMap<ClientId, Held>>,
 }
 
-/// What is known here of one client.
-#[derive(Debug, Default)]
+/// What is known here of one client. While there is this, the node listens to the client's channel.
+#[derive(Debug)]
 struct Held {
     tunnels: Vec<Arc<Tunnel>>,
-    /// When the last of them left, if none is here.
+    /// When the last of them left, if none is left.
     left_at: Option<Instant>,
     came: Arc<Notify>,
+    /// When the registry was last asked who holds its tunnels.
+    looked_at: Option<Instant>,
+    /// When anybody last asked for it.
+    used_at: Instant,
+    shunned: Vec<(TunnelId, Instant)>,
 }
 
-/// A client holds as many tunnels as it may.
+/// Why a tunnel is not taken into the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TooMany;
+pub enum Refused {
+    /// The client holds as many tunnels as it may.
+    TooMany,
+    /// A newer one of the same instance and slot is known.
+    Old,
+}
+
+/// What became of a peer's tunnel that was heard of.
+#[derive(Debug)]
+pub struct Learned {
+    /// The tunnel, as it is known now.
+    pub tunnel: Arc<Tunnel>,
+    /// The older one of the same instance and slot, which is to be closed.
+    pub superseded: Option<Arc<Tunnel>>,
+    /// Whether it was not known before.
+    pub is_new: bool,
+}
+
+impl Held {
+    /// A client that nothing is known of here: remembered from now.
+    fn unseen() -> Self {
+        let now = Instant::now();
+        Self {
+            tunnels: Vec::new(),
+            left_at: Some(now),
+            came: Arc::default(),
+            looked_at: None,
+            used_at: now,
+            shunned: Vec::new(),
+        }
+    }
+
+    /// The older tunnel of the same instance and slot, taken out.
+    fn supersede(
+        &mut self,
+        owner: &Owner,
+        slot: u32,
+        is_older: impl Fn(u64) -> bool,
+    ) -> Result<Option<Arc<Tunnel>>, Refused> {
+        let same = |old: &Arc<Tunnel>| old.path.owner == *owner && old.slot == slot;
+        match self.tunnels.iter().position(same) {
+            Some(at) if is_older(self.tunnels[at].generation) => Ok(Some(self.tunnels.swap_remove(at))),
+            Some(_) => Err(Refused::Old),
+            None => Ok(None),
+        }
+    }
+
+    fn add(&mut self, tunnel: Arc<Tunnel>) {
+        self.tunnels.push(tunnel);
+        self.left_at = None;
+        self.came.notify_waiters();
+    }
+
+    fn take_out(&mut self, gone: impl Fn(&Tunnel) -> bool) -> Vec<Arc<Tunnel>> {
+        let gone: Vec<_> = self.tunnels.extract_if(.., |tunnel| gone(tunnel)).collect();
+        if self.tunnels.is_empty() {
+            self.left_at.get_or_insert(Instant::now());
+        }
+        gone
+    }
+
+    fn shuns(&self, id: TunnelId) -> bool {
+        self.shunned
+            .iter()
+            .any(|(shunned, at)| *shunned == id && at.elapsed() < SHUNNED_FOR)
+    }
+}
 
 impl Tunnels {
+    /// An empty table of a node with these peers.
+    pub fn new(peers: Arc<Peers>, clock: Clock) -> Arc<Self> {
+        Arc::new(Self {
+            peers,
+            clock,
+            clients: RwLock::default(),
+        })
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, HashMap<ClientId, Held>> {
         self.clients.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -73,23 +228,24 @@ impl Tunnels {
         self.clients.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A tunnel is up. It supersedes an older one of the same instance and slot, and wakes what waits for its client.
-    /// Dropping the guard takes it out again.
-    pub fn join(self: &Arc<Self>, tunnel: Arc<Tunnel>, limit: usize) -> Result<Joined, TooMany> {
+    fn entry<'a>(&self, clients: &'a mut HashMap<ClientId, Held>, client_id: &ClientId) -> &'a mut Held {
+        clients.entry(client_id.clone()).or_insert_with(|| {
+            self.peers.bus().subscribe(Channel::Client(client_id.clone()));
+            Held::unseen()
+        })
+    }
+
+    /// A tunnel of this node's is up. It supersedes an older one of the same instance and slot, wherever that is, and
+    /// wakes what waits for its client. Dropping the guard takes it out again.
+    pub fn join(self: &Arc<Self>, tunnel: Arc<Tunnel>, limit: usize) -> Result<Joined, Refused> {
         let mut clients = self.write();
-        let held = clients.entry(tunnel.client_id().clone()).or_default();
-        let same = |old: &Arc<Tunnel>| old.path.owner == tunnel.path.owner && old.slot == tunnel.slot;
-        let superseded = held
-            .tunnels
-            .iter()
-            .position(same)
-            .map(|at| held.tunnels.swap_remove(at));
-        if held.tunnels.len() >= limit {
-            return Err(TooMany);
+        let held = self.entry(&mut clients, tunnel.client_id());
+        let is_older = |generation| generation <= tunnel.generation;
+        let superseded = held.supersede(&tunnel.path.owner, tunnel.slot, is_older)?;
+        if held.tunnels.iter().filter(|other| other.is_here()).count() >= limit {
+            return Err(Refused::TooMany);
         }
-        held.tunnels.push(tunnel.clone());
-        held.left_at = None;
-        held.came.notify_waiters();
+        held.add(tunnel.clone());
         drop(clients);
         Ok(Joined {
             tunnels: self.clone(),
@@ -98,36 +254,110 @@ impl Tunnels {
         })
     }
 
-    fn leave(&self, tunnel: &Arc<Tunnel>) {
+    /// A peer holds this tunnel, or so it says itself. It supersedes an older one of the same instance and slot.
+    pub fn learn(&self, card: &Card) -> Result<Learned, Refused> {
+        if let Some(tunnel) = self.find(&card.client_id, card.tunnel_ws_id) {
+            return Ok(Learned {
+                tunnel,
+                superseded: None,
+                is_new: false,
+            });
+        }
         let mut clients = self.write();
-        let Some(held) = clients.get_mut(tunnel.client_id()) else {
-            return;
+        let held = self.entry(&mut clients, &card.client_id);
+        let superseded = held.supersede(&card.owner(), card.slot, |generation| generation < card.generation)?;
+        let tunnel = Tunnel::at_peer(card, self.peers.path_to(card, self.clock));
+        held.add(tunnel.clone());
+        Ok(Learned {
+            tunnel,
+            superseded,
+            is_new: true,
+        })
+    }
+
+    /// A peer's tunnel is gone; if `shun`, it is not believed in again for a while. Returns it, to be closed.
+    pub fn unlearn(&self, client_id: &ClientId, id: TunnelId, shun: bool) -> Option<Arc<Tunnel>> {
+        let mut clients = self.write();
+        let held = clients.get_mut(client_id)?;
+        if shun {
+            held.shunned.retain(|(_, at)| at.elapsed() < SHUNNED_FOR);
+            held.shunned.push((id, Instant::now()));
+        }
+        held.take_out(|tunnel| tunnel.id == id && !tunnel.is_here()).pop()
+    }
+
+    /// What the registry says of a client: its tunnels at peers. Returns those that are new, and those that are gone.
+    pub fn reconcile(&self, client_id: &ClientId, cards: &[Card]) -> (Vec<Learned>, Vec<Arc<Tunnel>>) {
+        let gone = {
+            let mut clients = self.write();
+            let held = self.entry(&mut clients, client_id);
+            held.looked_at = Some(Instant::now());
+            held.take_out(|tunnel| {
+                let listed = cards.iter().any(|card| card.tunnel_ws_id == tunnel.id);
+                !tunnel.is_here() && !listed && tunnel.since.elapsed() >= UNRECORDED_FOR
+            })
         };
-        held.tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
-        if held.tunnels.is_empty() {
-            held.left_at.get_or_insert(Instant::now());
+        let shunned: Vec<TunnelId> = {
+            let clients = self.read();
+            let held = clients.get(client_id);
+            let ids = cards.iter().map(|card| card.tunnel_ws_id);
+            ids.filter(|id| held.is_some_and(|held| held.shuns(*id))).collect()
+        };
+        let believed = cards.iter().filter(|card| !shunned.contains(&card.tunnel_ws_id));
+        let new = believed
+            .filter_map(|card| self.learn(card).ok())
+            .filter(|learned| learned.is_new);
+        (new.collect(), gone)
+    }
+
+    /// Whether the registry has to be asked who else holds tunnels of this client.
+    pub fn is_stale(&self, client_id: &ClientId, fresh_for: Option<Duration>) -> bool {
+        let looked_at = self.read().get(client_id).and_then(|held| held.looked_at);
+        looked_at.is_none_or(|at| at.elapsed() >= fresh_for.unwrap_or(FRESH_FOR))
+    }
+
+    /// News may have been missed: what peers hold is to be looked up again.
+    pub fn all_stale(&self) {
+        self.write().values_mut().for_each(|held| held.looked_at = None);
+    }
+
+    fn leave(&self, tunnel: &Arc<Tunnel>) {
+        if let Some(held) = self.write().get_mut(tunnel.client_id()) {
+            held.take_out(|other| other.id == tunnel.id);
         }
     }
 
-    /// The tunnel of a client with the fewest exchanges in flight.
+    /// A tunnel of a client by its name.
+    pub fn find(&self, client_id: &ClientId, id: TunnelId) -> Option<Arc<Tunnel>> {
+        let clients = self.read();
+        let mut tunnels = clients.get(client_id)?.tunnels.iter();
+        tunnels.find(|tunnel| tunnel.id == id).cloned()
+    }
+
+    /// The tunnel of a client with the fewest exchanges in flight: of those here, else of those at peers.
     pub fn pick(&self, client_id: &ClientId, not: Option<&Owner>) -> Option<Arc<Tunnel>> {
         let clients = self.read();
         let tunnels = clients.get(client_id)?.tunnels.iter();
         let open = tunnels.filter(|tunnel| not != Some(&tunnel.path.owner) && tunnel.path.takes_more());
-        open.min_by_key(|tunnel| tunnel.path.in_flight()).cloned()
+        open.min_by_key(|tunnel| (!tunnel.is_here(), tunnel.path.in_flight()))
+            .cloned()
     }
 
-    /// A path of the same owner that is not the given one.
+    /// A path of the same owner that is not the given one; rather one to a tunnel that is here.
     pub fn other_path(&self, owner: &Owner, not: Option<&Arc<Path>>) -> Option<Arc<Path>> {
         let clients = self.read();
-        let paths = clients.get(&owner.client_id)?.tunnels.iter().map(|tunnel| &tunnel.path);
-        let fit = |path: &&Arc<Path>| {
+        let tunnels = clients.get(&owner.client_id)?.tunnels.iter();
+        let fit = |tunnel: &&Arc<Tunnel>| {
+            let path = &tunnel.path;
             path.owner == *owner && not.is_none_or(|not| !Arc::ptr_eq(path, not)) && !path.is_closed()
         };
-        paths.filter(fit).min_by_key(|path| path.in_flight()).cloned()
+        let best = tunnels
+            .filter(fit)
+            .min_by_key(|tunnel| (!tunnel.is_here(), tunnel.path.in_flight()));
+        best.map(|tunnel| tunnel.path.clone())
     }
 
-    /// Whether the client has a tunnel here, or had one within `memory`.
+    /// Whether the client has a tunnel that is known here, or had one within `memory`.
     pub fn was_here(&self, client_id: &ClientId, memory: Duration) -> bool {
         let clients = self.read();
         clients
@@ -135,64 +365,49 @@ impl Tunnels {
             .is_some_and(|held| held.left_at.is_none_or(|at| at.elapsed() <= memory))
     }
 
-    /// Waits for the client's next tunnel; `None` when `patience` ran out.
-    pub async fn wait(&self, client_id: &ClientId, not: Option<&Owner>, patience: Duration) -> Option<Arc<Tunnel>> {
-        let coming = async {
-            loop {
-                let came = self
-                    .write()
-                    .entry(client_id.clone())
-                    .or_insert_with(Self::unseen)
-                    .came
-                    .clone();
-                let next = came.notified();
-                if let Some(tunnel) = self.pick(client_id, not) {
-                    return tunnel;
-                }
-                next.await;
-            }
-        };
-        tokio::time::timeout(patience, coming).await.ok()
+    /// Notified when the client's next tunnel comes, from when the value is first polled or enabled.
+    pub fn coming(&self, client_id: &ClientId) -> Arc<Notify> {
+        let mut clients = self.write();
+        let held = self.entry(&mut clients, client_id);
+        held.used_at = Instant::now();
+        held.came.clone()
     }
 
-    /// A client that was seen by another node, not here: remembered from now.
-    fn unseen() -> Held {
-        Held {
-            left_at: Some(Instant::now()),
-            ..Held::default()
-        }
-    }
-
-    /// Forgets clients that left longer than `memory` ago.
+    /// Forgets clients without a tunnel that left longer than `memory` ago, and those at peers that nobody asked for in
+    /// that time.
     pub fn forget(&self, memory: Duration) {
-        self.write().retain(|_, held| {
-            !held.tunnels.is_empty()
-                || Arc::strong_count(&held.came) > 1
-                || held.left_at.is_some_and(|at| at.elapsed() <= memory)
+        self.write().retain(|client_id, held| {
+            let busy = |tunnel: &Arc<Tunnel>| tunnel.is_here() || tunnel.path.in_flight() > 0;
+            let left_lately = held.tunnels.is_empty() && held.left_at.is_some_and(|at| at.elapsed() <= memory);
+            let used_lately = !held.tunnels.is_empty() && held.used_at.elapsed() <= memory;
+            let kept = left_lately || used_lately || held.tunnels.iter().any(busy) || Arc::strong_count(&held.came) > 1;
+            if !kept {
+                self.peers.bus().unsubscribe(Channel::Client(client_id.clone()));
+            }
+            kept
         });
     }
 
-    /// All tunnels.
-    pub fn all(&self) -> Vec<Arc<Tunnel>> {
-        self.read()
-            .values()
-            .flat_map(|held| held.tunnels.iter().cloned())
-            .collect()
+    /// All tunnels that this node holds.
+    pub fn held(&self) -> Vec<Arc<Tunnel>> {
+        let clients = self.read();
+        let tunnels = clients.values().flat_map(|held| held.tunnels.iter());
+        tunnels.filter(|tunnel| tunnel.is_here()).cloned().collect()
     }
 
-    /// How many there are.
+    /// How many it holds.
     pub fn len(&self) -> usize {
-        self.read().values().map(|held| held.tunnels.len()).sum()
+        let here = |held: &Held| held.tunnels.iter().filter(|tunnel| tunnel.is_here()).count();
+        self.read().values().map(here).sum()
     }
 
-    /// Whether there are none.
+    /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
 /// A tunnel in the table, for as long as this lives.
-#[derive(Debug)]
 pub struct Joined {
     tunnels: Arc<Tunnels>,
     /// The tunnel.
@@ -210,64 +425,109 @@ impl Drop for Joined {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{exchange::Clock, ids::InstanceId};
+    use crate::{
+        cluster::bus::{Bus, local::Hub},
+        ids::InstanceId,
+    };
 
-    fn tunnel(client: &str, instance_id: InstanceId, slot: u32) -> Arc<Tunnel> {
+    fn table() -> Arc<Tunnels> {
+        let bus = Arc::new(Bus::local(&Hub::new()));
+        Tunnels::new(Arc::new(Peers::new(bus, NodeId::new())), Clock::default())
+    }
+
+    fn home() -> ClientId {
+        "home".parse().expect("a client id")
+    }
+
+    fn tunnel(instance_id: InstanceId, slot: u32, generation: u64) -> Arc<Tunnel> {
         let owner = Owner {
-            client_id: client.parse().expect("a client id"),
+            client_id: home(),
             instance_id,
         };
         let path = Path::new(owner, Clock::default());
-        let remote = [127, 0, 0, 1].into();
-        Arc::new(Tunnel {
-            id: TunnelId::new(),
+        Tunnel::here(slot, generation, TokenId::new(), [127, 0, 0, 1].into(), path)
+    }
+
+    fn card(instance_id: InstanceId, slot: u32, generation: u64) -> Card {
+        Card {
+            node_id: NodeId::new(),
+            tunnel_ws_id: TunnelId::new(),
+            client_id: home(),
+            instance_id,
             slot,
-            token_id: TokenId::new(),
-            remote,
-            path,
-        })
+            generation,
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_newer_tunnel_of_the_slot_supersedes_and_the_slow_leave_of_the_old_takes_nothing_away() {
-        let (tunnels, instance) = (Arc::new(Tunnels::default()), InstanceId::new());
-        let old = tunnels.join(tunnel("home", instance, 0), 2).expect("room");
-        let new = tunnels.join(tunnel("home", instance, 0), 2).expect("room");
+        let (tunnels, instance) = (table(), InstanceId::new());
+        let old = tunnels.join(tunnel(instance, 0, 1), 2).ok().expect("room");
+        let new = tunnels.join(tunnel(instance, 0, 2), 2).ok().expect("room");
         assert_eq!(new.superseded.as_ref().map(|old| old.id), Some(old.tunnel.id));
         drop(old);
-        let home = "home".parse().expect("a client id");
-        assert_eq!(tunnels.pick(&home, None).map(|tunnel| tunnel.id), Some(new.tunnel.id));
+        assert_eq!(tunnels.pick(&home(), None).map(|tunnel| tunnel.id), Some(new.tunnel.id));
         drop(new);
-        assert!(tunnels.is_empty() && tunnels.was_here(&home, Duration::from_secs(60)));
+        assert!(tunnels.is_empty() && tunnels.was_here(&home(), Duration::from_secs(60)));
         tokio::time::advance(Duration::from_secs(61)).await;
-        assert!(!tunnels.was_here(&home, Duration::from_secs(60)));
+        assert!(!tunnels.was_here(&home(), Duration::from_secs(60)));
         tunnels.forget(Duration::from_secs(60));
         assert!(tunnels.read().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_request_that_waits_gets_the_tunnel_that_comes() {
-        let (tunnels, home) = (
-            Arc::new(Tunnels::default()),
-            "home".parse::<ClientId>().expect("a client id"),
+    async fn a_slot_is_where_the_agent_dialled_last_whatever_comes_last() {
+        let (tunnels, instance) = (table(), InstanceId::new());
+        let held = tunnels.join(tunnel(instance, 0, 2), 2).ok().expect("room");
+        assert_eq!(tunnels.learn(&card(instance, 0, 1)).err(), Some(Refused::Old));
+        assert_eq!(tunnels.learn(&card(instance, 0, 2)).err(), Some(Refused::Old));
+        let elsewhere = tunnels.learn(&card(instance, 0, 3)).expect("newer");
+        assert_eq!(elsewhere.superseded.map(|old| old.id), Some(held.tunnel.id));
+        assert_eq!(tunnels.join(tunnel(instance, 0, 2), 2).err(), Some(Refused::Old));
+        assert_eq!(
+            tunnels.pick(&home(), None).map(|tunnel| tunnel.id),
+            Some(elsewhere.tunnel.id)
         );
-        let (waiting, table) = (home.clone(), tunnels.clone());
-        let waiter =
-            tokio::spawn(async move { table.wait(&waiting, None, Duration::from_secs(5)).await.map(|t| t.id) });
-        tokio::task::yield_now().await;
-        let joined = tunnels.join(tunnel("home", InstanceId::new(), 0), 2).expect("room");
-        assert_eq!(waiter.await.expect("no panic"), Some(joined.tunnel.id));
-        let nobody = "nobody".parse().expect("a client id");
-        assert!(tunnels.wait(&nobody, None, Duration::from_secs(5)).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_here_is_asked_before_one_at_a_peer() {
+        let (tunnels, instance) = (table(), InstanceId::new());
+        let there = tunnels.learn(&card(instance, 1, 1)).expect("news").tunnel;
+        assert_eq!(tunnels.pick(&home(), None).map(|tunnel| tunnel.id), Some(there.id));
+        let here = tunnels.join(tunnel(instance, 0, 1), 2).ok().expect("room");
+        assert_eq!(
+            tunnels.pick(&home(), None).map(|tunnel| tunnel.id),
+            Some(here.tunnel.id)
+        );
+        assert_eq!((tunnels.len(), tunnels.held().len()), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_registry_lists_no_more_is_gone_and_what_proved_gone_is_not_believed_in_for_a_while() {
+        let (tunnels, instance) = (table(), InstanceId::new());
+        let (first, second) = (card(instance, 0, 1), card(instance, 1, 1));
+        let (new, _) = tunnels.reconcile(&home(), &[first.clone(), second.clone()]);
+        assert_eq!(new.len(), 2);
+        assert!(!tunnels.is_stale(&home(), None));
+        tokio::time::advance(UNRECORDED_FOR).await;
+        let (new, gone) = tunnels.reconcile(&home(), std::slice::from_ref(&first));
+        assert_eq!((new.len(), gone[0].id), (0, second.tunnel_ws_id));
+        assert!(tunnels.unlearn(&home(), first.tunnel_ws_id, true).is_some());
+        assert!(tunnels.reconcile(&home(), std::slice::from_ref(&first)).0.is_empty());
+        tokio::time::advance(SHUNNED_FOR).await;
+        assert_eq!(tunnels.reconcile(&home(), std::slice::from_ref(&first)).0.len(), 1);
+        tunnels.all_stale();
+        assert!(tunnels.is_stale(&home(), None));
     }
 
     #[test]
     fn the_limit_holds() {
-        let tunnels = Arc::new(Tunnels::default());
-        let _one = tunnels.join(tunnel("home", InstanceId::new(), 0), 1).expect("room");
+        let tunnels = table();
+        let _one = tunnels.join(tunnel(InstanceId::new(), 0, 1), 1).ok().expect("room");
         assert_eq!(
-            tunnels.join(tunnel("home", InstanceId::new(), 0), 1).err(),
-            Some(TooMany)
+            tunnels.join(tunnel(InstanceId::new(), 0, 1), 1).err(),
+            Some(Refused::TooMany)
         );
     }
 }

@@ -1,6 +1,6 @@
 //! What the relay counts, as OpenMetrics text. Labels are enums, so nobody outside can add a time series.
 
-use std::{fmt::Error, hash::Hash};
+use std::{fmt::Error, hash::Hash, sync::atomic::Ordering};
 
 use prometheus_client::{
     encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder, text},
@@ -8,7 +8,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::error::Cause;
+use crate::{cluster::bus::Counts, error::Cause};
 
 macro_rules! label {
     ($(#[$doc:meta])* $name:ident = $label:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
@@ -89,6 +89,12 @@ label! {
         UnknownExchange = "unknown_exchange",
         /// It came by a tunnel that a newer one had superseded.
         Superseded = "superseded",
+        /// It came over the bus, by a tunnel that is not its exchange's client's.
+        Foreign = "foreign",
+        /// It came over the bus and is nothing that this version knows.
+        Unreadable = "unreadable",
+        /// It came over the bus for a tunnel whose agent reads too slowly; it is sent again.
+        Full = "full",
     }
 }
 
@@ -115,6 +121,16 @@ pub struct Metrics {
     auth_failures: Family<AuthFailure, Counter>,
     exchanges_moved: Counter,
     frames_dropped: Family<FrameDrop, Counter>,
+    bus: BusCounters,
+}
+
+/// What the bus counts itself; taken over when the page is made.
+#[derive(Debug, Default)]
+struct BusCounters {
+    published: Counter,
+    received: Counter,
+    dropped: Counter,
+    interrupted: Counter,
 }
 
 impl Default for Metrics {
@@ -138,6 +154,7 @@ impl Metrics {
             auth_failures: zeros(AuthFailure::ALL),
             exchanges_moved: Counter::default(),
             frames_dropped: zeros(FrameDrop::ALL),
+            bus: BusCounters::default(),
         };
         metrics.register(bytes);
         metrics
@@ -164,6 +181,20 @@ impl Metrics {
         );
         registry.register("auth_failures", "Failed authentications", self.auth_failures.clone());
         let moved = self.exchanges_moved.clone();
+        registry.register(
+            "bus_published",
+            "Messages sent to other nodes",
+            self.bus.published.clone(),
+        );
+        registry.register("bus_received", "Messages of other nodes", self.bus.received.clone());
+        let dropped = self.bus.dropped.clone();
+        registry.register("bus_dropped", "Messages not sent: the bus was away or full", dropped);
+        let interrupted = self.bus.interrupted.clone();
+        registry.register(
+            "bus_interruptions",
+            "Times that messages may have been missed",
+            interrupted,
+        );
         registry.register(
             "exchanges_moved",
             "Times an exchange went on through another tunnel",
@@ -219,7 +250,12 @@ impl Metrics {
     }
 
     /// All of it as OpenMetrics text (`application/openmetrics-text; version=1.0.0; charset=utf-8`).
-    pub fn render(&self) -> String {
+    pub fn render(&self, bus: Counts) -> String {
+        let set = |counter: &Counter, value| counter.inner().store(value, Ordering::Relaxed);
+        set(&self.bus.published, bus.published);
+        set(&self.bus.received, bus.received);
+        set(&self.bus.dropped, bus.dropped);
+        set(&self.bus.interrupted, bus.interrupted);
         let mut page = String::new();
         text::encode(&mut page, &self.registry).expect("writing to a String does not fail");
         page
@@ -288,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_page_has_every_series_from_the_start() {
-        let page = Metrics::new().render();
+        let page = Metrics::new().render(Counts::default());
         for line in [
             "adit_build_info{version=\"0.1.0\"} 1",
             "adit_exchanges_total{outcome=\"ok\"} 0",
@@ -310,7 +346,7 @@ mod tests {
     fn what_is_counted_in_is_counted_out() {
         let metrics = Metrics::new();
         let (one, other, tunnel) = (metrics.exchange(), metrics.exchange(), metrics.tunnel());
-        let page = metrics.render();
+        let page = metrics.render(Counts::default());
         assert!(
             page.contains("adit_exchanges_in_flight 2\n") && page.contains("adit_tunnels 1\n"),
             "{page}"
@@ -318,7 +354,7 @@ mod tests {
         one.end(Outcome::from(&Cause::TunnelLost));
         drop((other, tunnel));
         metrics.to_upstream(7);
-        let page = metrics.render();
+        let page = metrics.render(Counts::default());
         for line in [
             "adit_exchanges_in_flight 0\n",
             "adit_tunnels 0\n",

@@ -72,6 +72,17 @@ pub enum Frame {
     Done(RequestId),
 }
 
+/// One frame, not looked into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Raw {
+    /// The exchange that it belongs to.
+    pub id: Option<RequestId>,
+    /// Whether it is an OPEN.
+    pub opens: bool,
+    /// All of it, as on the wire.
+    pub bytes: Bytes,
+}
+
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $number:literal,)*) => {
         /// Why an exchange was reset. Unknown numbers of a later version are kept as they are.
@@ -162,6 +173,27 @@ impl Frame {
             kind::DONE => Frame::Done(id_of(body)?),
             _ => return Ok(None),
         }))
+    }
+
+    /// Takes the next frame of `message` as it is on the wire, with the exchange that it belongs to; `None` at the end.
+    /// Frames of the connection itself, and unknown kinds, belong to none. For whoever only passes frames on.
+    pub fn split(message: &mut Bytes) -> Result<Option<Raw>, FrameError> {
+        if message.is_empty() {
+            return Ok(None);
+        }
+        if message.len() < HEADER {
+            return Err(FrameError::Truncated);
+        }
+        let length = usize::from(message[1]) << 16 | usize::from(message[2]) << 8 | usize::from(message[3]);
+        if message.len() - HEADER < length {
+            return Err(FrameError::Truncated);
+        }
+        let bytes = message.split_to(HEADER + length);
+        let of_exchange = (kind::OPEN..=kind::DONE).contains(&bytes[0]);
+        let id = bytes.get(HEADER..HEADER + ID).filter(|_| of_exchange);
+        let id = id.and_then(|id| id.try_into().ok()).map(RequestId::from_bytes);
+        let opens = bytes[0] == kind::OPEN;
+        Ok(Some(Raw { id, opens, bytes }))
     }
 
     /// Appends this frame to a message.
@@ -391,6 +423,20 @@ mod tests {
     }
 
     #[test]
+    fn frames_are_passed_on_whole_and_known_by_their_exchange() {
+        let mut message = encoded(&every_kind());
+        let raws: Vec<Raw> = std::iter::from_fn(|| Frame::split(&mut message).transpose())
+            .collect::<Result<_, _>>()
+            .expect("frames");
+        for (frame, raw) in every_kind().into_iter().zip(&raws) {
+            assert_eq!(decoded(raw.bytes.clone()), Ok(vec![frame.clone()]));
+            assert_eq!(raw.opens, matches!(frame, Frame::Open(..)));
+        }
+        let known = raws.iter().filter(|raw| raw.id == Some(id())).count();
+        assert_eq!((raws.len(), known), (12, 6));
+    }
+
+    #[test]
     fn cut_short_or_too_long_is_an_error() {
         for frame in every_kind() {
             let whole = encoded(&[frame]);
@@ -413,7 +459,9 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
-            let _ = decoded(Bytes::from(bytes));
+            let _ = decoded(Bytes::from(bytes.clone()));
+            let mut message = Bytes::from(bytes);
+            while let Ok(Some(_)) = Frame::split(&mut message) {}
         }
 
         #[test]

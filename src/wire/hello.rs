@@ -16,6 +16,10 @@ pub struct AgentHello {
     pub instance_id: InstanceId,
     /// Which of the instance's tunnels this is, from 0; a newer tunnel in a slot supersedes the older.
     pub slot: u32,
+    /// The agent's own count of its dials of this slot: of two tunnels in a slot the higher one is the newer, wherever
+    /// they are and whatever the clocks say.
+    #[serde(default)]
+    pub generation: u64,
     /// The agent's version, for people.
     #[serde(default)]
     pub version: String,
@@ -59,7 +63,7 @@ mod tests {
     fn fields_of_later_versions_are_ignored() {
         let json = br#"{"instance_id":"01890a5d-ac96-774b-bcce-b302099a8057","slot":1,"tricks":["fly"]}"#;
         let hello: AgentHello = from_json(json).expect("a hello");
-        assert_eq!((hello.slot, hello.version.as_str()), (1, ""));
+        assert_eq!((hello.slot, hello.generation, hello.version.as_str()), (1, 0, ""));
         assert!(from_json::<AgentHello>(b"{}").is_err());
     }
 }

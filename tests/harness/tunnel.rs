@@ -41,6 +41,7 @@ impl RawTunnel {
         let mut tunnel = Self::connect(relay, client, token).await.expect("a tunnel");
         tunnel.instance_id = instance_id;
         let hello = AgentHello {
+            generation: 1,
             instance_id,
             slot: 0,
             version: "raw".into(),

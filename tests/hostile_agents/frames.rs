@@ -95,6 +95,7 @@ async fn a2_frames_in_any_disorder_end_their_tunnel_or_exchange_at_most() {
     };
     let id = RequestId::new();
     let hello = AgentHello {
+        generation: 1,
         instance_id: InstanceId::new(),
         slot: 0,
         version: String::new(),

@@ -221,12 +221,14 @@ impl Receiver {
     }
 
     /// The acknowledgement to send. `rtt` is the path's round trip: a window of which a quarter is read within two of
-    /// them is what holds the sender back, and doubles.
-    pub fn take_ack(&mut self, rtt: Duration, now: Duration) -> Ack {
+    /// them is what holds the sender back, and doubles, up to `most` (at least [`INITIAL_WINDOW`]). A larger one shrinks
+    /// to it as it is read; credit that was granted is never taken back.
+    pub fn take_ack(&mut self, rtt: Duration, most: u64, now: Duration) -> Ack {
+        self.window = self.window.min(most);
         let grant = self.grantable();
         if grant > 0 && self.final_size.is_none() {
             if grant >= self.window / 4 && now.saturating_sub(self.granted_at) < rtt * 2 {
-                self.window = (self.window * 2).min(MAX_WINDOW);
+                self.window = (self.window * 2).min(most.min(MAX_WINDOW));
             }
             self.max_data = self.max_data.max(self.read + self.window);
             self.granted_at = now;

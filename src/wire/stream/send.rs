@@ -36,6 +36,8 @@ pub struct Sender {
     stopped: bool,
     /// On a path that has not proved itself yet: what may still be sent before the receiver is heard.
     flight: Option<Flight>,
+    /// The largest flight: a path that must not be overrun always has one.
+    most_flight: Option<u64>,
     /// Since when news is awaited: something is on its way, or credit is wanted.
     waits_since: Option<Duration>,
     /// When to ask for it, and how long to wait after that.
@@ -72,6 +74,7 @@ impl Default for Sender {
             lost: VecDeque::new(),
             stopped: false,
             flight: None,
+            most_flight: None,
             waits_since: None,
             ask_at: Duration::ZERO,
             pause: PROBE_AFTER,
@@ -182,8 +185,19 @@ impl Sender {
 
     /// The receiver was heard on this path: more may be sent before it is heard again.
     fn land(&mut self) {
-        let size = self.flight.map_or(u64::MAX, |flight| flight.size * 2);
+        let Some(flight) = self.flight else { return };
+        let size = (flight.size * 2).min(self.most_flight.unwrap_or(u64::MAX));
         self.flight = (size <= MAX_WINDOW).then_some(Flight { size, left: size });
+    }
+
+    /// The path allows at most `most` bytes on their way without word from the receiver; `None`: as many as it granted.
+    pub fn limit_flight(&mut self, most: Option<u64>) {
+        self.most_flight = most;
+        match (most, &mut self.flight) {
+            (Some(most), Some(flight)) => flight.size = flight.size.min(most),
+            (Some(most), None) => self.flight = Some(Flight { size: most, left: most }),
+            (None, _) => {}
+        }
     }
 
     /// Whether a question waits to be put into an [`Ack`].

@@ -123,7 +123,7 @@ impl Pair {
             self.forth.push_back(Item::Probe(probe));
         }
         if self.rx.ack_due() {
-            let ack = self.rx.take_ack(ms(1), self.now);
+            let ack = self.rx.take_ack(ms(1), MAX_WINDOW, self.now);
             self.back.push_back(Item::Ack(ack));
         }
     }
@@ -200,7 +200,7 @@ impl Pair {
             }
             self.read(usize::MAX);
             if self.rx.ack_due() {
-                let ack = self.rx.take_ack(ms(1), self.now);
+                let ack = self.rx.take_ack(ms(1), MAX_WINDOW, self.now);
                 self.back.push_back(Item::Ack(ack));
             }
             while let Some(item) = self.back.pop_front() {
@@ -279,7 +279,7 @@ proptest! {
             match what % 3 {
                 0 => drop(rx.on_chunk(Chunk { offset: at, data: data(0, length), fin }, ms(at % 99))),
                 1 => drop(tx.on_ack(&Ack { upto: at, max_data: far, missing_to: length as u64, answer: what, ..Ack::default() }, ms(1))),
-                _ => { tx.next_chunk(length, ms(2)); rx.read(); rx.on_probe(what); rx.take_ack(ms(1), ms(3)); }
+                _ => { tx.next_chunk(length, ms(2)); rx.read(); rx.on_probe(what); rx.take_ack(ms(1), MAX_WINDOW, ms(3)); }
             }
             prop_assert!(rx.buffered() as u64 + rx.early_bytes <= 2 * MAX_WINDOW);
         }

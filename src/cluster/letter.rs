@@ -1,0 +1,383 @@
+//! What nodes say to each other over the bus, and its encoding. Frames of exchanges are carried as they are.
+//!
+//! A letter is `u8 version | u8 kind | body`, big-endian. One of an unknown version or kind is dropped by whoever gets it:
+//! nodes of two versions run side by side while a cluster is brought up to date.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    exchange::path::Owner,
+    ids::{ClientId, InstanceId, NodeId, RequestId, TokenId, TunnelId},
+};
+
+const VERSION: u8 = 1;
+/// A letter holds about one message of a tunnel, bytes; more is nobody's.
+const MAX_LETTER: usize = 64 * 1024;
+
+mod kind {
+    pub const TO_AGENT: u8 = 1;
+    pub const TO_INGRESS: u8 = 2;
+    pub const NOT_MINE: u8 = 3;
+    pub const NEWS: u8 = 4;
+}
+
+/// A tunnel as nodes tell each other of it. The node that holds it vouches for every word.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Card {
+    /// Who holds it.
+    pub node_id: NodeId,
+    /// Its name.
+    pub tunnel_ws_id: TunnelId,
+    /// The client it serves.
+    pub client_id: ClientId,
+    /// The agent's process.
+    pub instance_id: InstanceId,
+    /// Which of that process's tunnels it is.
+    pub slot: u32,
+    /// How often the agent had dialled for this slot: of two in a slot the higher is the newer.
+    pub generation: u64,
+}
+
+impl Card {
+    /// Who speaks through it.
+    pub fn owner(&self) -> Owner {
+        Owner {
+            client_id: self.client_id.clone(),
+            instance_id: self.instance_id,
+        }
+    }
+}
+
+/// What one client's nodes have to know, on the client's channel. JSON: what a later version adds is ignored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum News {
+    /// A tunnel is up.
+    Up(Card),
+    /// A tunnel takes no more exchanges: its agent or its node is leaving.
+    Leaving {
+        /// Which.
+        tunnel_ws_id: TunnelId,
+    },
+    /// A tunnel is gone.
+    Down {
+        /// Which.
+        tunnel_ws_id: TunnelId,
+    },
+    /// An agent's process has ended: its exchanges end.
+    AgentLeft {
+        /// Which.
+        instance_id: InstanceId,
+    },
+    /// An operator revoked a token.
+    TokenRevoked {
+        /// Which.
+        token_id: TokenId,
+    },
+    /// An operator deleted the client.
+    ClientDeleted,
+    /// An operator changed what its downstreams must show.
+    ClientChanged,
+    /// Something that this version does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+/// One message of the bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Letter {
+    /// Frames for the agent at the end of a tunnel that the receiver holds.
+    ToAgent {
+        /// The ingress's node.
+        from: NodeId,
+        /// The tunnel.
+        tunnel_ws_id: TunnelId,
+        /// The client that it serves.
+        client_id: ClientId,
+        /// The frames.
+        frames: Bytes,
+    },
+    /// Frames of an agent, for the ingress of their exchange.
+    ToIngress {
+        /// The tunnel they came by.
+        card: Card,
+        /// That tunnel's round trip, microseconds.
+        rtt_us: u32,
+        /// The frames.
+        frames: Bytes,
+    },
+    /// The receiver's frames for this tunnel went nowhere: it is not here.
+    NotMine {
+        /// Who says so.
+        from: NodeId,
+        /// Whose tunnel it was.
+        client_id: ClientId,
+        /// The tunnel.
+        tunnel_ws_id: TunnelId,
+        /// The exchanges that were to be opened.
+        opens: Vec<RequestId>,
+    },
+    /// Something that a client's nodes have to know.
+    News {
+        /// Who says so.
+        from: NodeId,
+        /// Of which client.
+        client_id: ClientId,
+        /// What.
+        news: News,
+    },
+}
+
+/// Why bytes are no letter of this version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a letter of this version")]
+pub struct Unreadable;
+
+impl Letter {
+    /// The bytes of it.
+    pub fn encode(&self) -> Bytes {
+        let mut out = BytesMut::new();
+        match self {
+            Letter::ToAgent {
+                from,
+                tunnel_ws_id,
+                client_id,
+                frames,
+            } => {
+                out = to_agent(*from, *tunnel_ws_id, client_id);
+                out.put_slice(frames);
+            }
+            Letter::ToIngress { card, rtt_us, frames } => {
+                out = to_ingress(card, *rtt_us);
+                out.put_slice(frames);
+            }
+            Letter::NotMine {
+                from,
+                client_id,
+                tunnel_ws_id,
+                opens,
+            } => {
+                begin(&mut out, kind::NOT_MINE, *from);
+                out.put_slice(&tunnel_ws_id.to_bytes());
+                put_client(&mut out, client_id);
+                opens.iter().for_each(|id| out.put_slice(&id.to_bytes()));
+            }
+            Letter::News { from, client_id, news } => {
+                begin(&mut out, kind::NEWS, *from);
+                put_client(&mut out, client_id);
+                out.put_slice(&serde_json::to_vec(news).unwrap_or_default());
+            }
+        }
+        out.freeze()
+    }
+
+    /// Reads one; whatever it is not is an error, never a panic.
+    pub fn decode(mut bytes: Bytes) -> Result<Self, Unreadable> {
+        if bytes.len() > MAX_LETTER || bytes.len() < 2 || bytes.get_u8() != VERSION {
+            return Err(Unreadable);
+        }
+        match bytes.get_u8() {
+            kind::TO_AGENT => Ok(Letter::ToAgent {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                tunnel_ws_id: TunnelId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
+                frames: bytes,
+            }),
+            kind::TO_INGRESS => Ok(Letter::ToIngress {
+                card: card(&mut bytes)?,
+                rtt_us: bytes.try_get_u32().map_err(|_| Unreadable)?,
+                frames: bytes,
+            }),
+            kind::NOT_MINE => Ok(Letter::NotMine {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                tunnel_ws_id: TunnelId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
+                opens: ids(bytes)?,
+            }),
+            kind::NEWS => Ok(Letter::News {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
+                news: serde_json::from_slice(&bytes).map_err(|_| Unreadable)?,
+            }),
+            _ => Err(Unreadable),
+        }
+    }
+}
+
+/// The head of a [`Letter::ToAgent`]; the frames are appended to it.
+pub fn to_agent(from: NodeId, tunnel_ws_id: TunnelId, client_id: &ClientId) -> BytesMut {
+    let mut out = BytesMut::with_capacity(256);
+    begin(&mut out, kind::TO_AGENT, from);
+    out.put_slice(&tunnel_ws_id.to_bytes());
+    put_client(&mut out, client_id);
+    out
+}
+
+/// The head of a [`Letter::ToIngress`]; the frames are appended to it.
+pub fn to_ingress(card: &Card, rtt_us: u32) -> BytesMut {
+    let mut out = BytesMut::with_capacity(512);
+    begin(&mut out, kind::TO_INGRESS, card.node_id);
+    put_card(&mut out, card);
+    out.put_u32(rtt_us);
+    out
+}
+
+/// Every letter begins with who writes it.
+fn begin(out: &mut BytesMut, kind: u8, from: NodeId) {
+    out.put_u8(VERSION);
+    out.put_u8(kind);
+    out.put_slice(&from.to_bytes());
+}
+
+fn put_client(out: &mut BytesMut, client_id: &ClientId) {
+    // A client id is one DNS label: 63 bytes at most.
+    out.put_u8(client_id.as_str().len() as u8);
+    out.put_slice(client_id.as_str().as_bytes());
+}
+
+fn put_card(out: &mut BytesMut, card: &Card) {
+    out.put_slice(&card.tunnel_ws_id.to_bytes());
+    out.put_slice(&card.instance_id.to_bytes());
+    out.put_u32(card.slot);
+    out.put_u64(card.generation);
+    put_client(out, &card.client_id);
+}
+
+fn card(bytes: &mut Bytes) -> Result<Card, Unreadable> {
+    Ok(Card {
+        node_id: NodeId::from_bytes(id(bytes)?),
+        tunnel_ws_id: TunnelId::from_bytes(id(bytes)?),
+        instance_id: InstanceId::from_bytes(id(bytes)?),
+        slot: bytes.try_get_u32().map_err(|_| Unreadable)?,
+        generation: bytes.try_get_u64().map_err(|_| Unreadable)?,
+        client_id: client(bytes)?,
+    })
+}
+
+fn id(bytes: &mut Bytes) -> Result<[u8; 16], Unreadable> {
+    let mut id = [0; 16];
+    bytes.try_copy_to_slice(&mut id).map_err(|_| Unreadable)?;
+    Ok(id)
+}
+
+fn ids(mut bytes: Bytes) -> Result<Vec<RequestId>, Unreadable> {
+    let mut ids = Vec::new();
+    while bytes.has_remaining() {
+        ids.push(RequestId::from_bytes(id(&mut bytes)?));
+    }
+    Ok(ids)
+}
+
+fn client(bytes: &mut Bytes) -> Result<ClientId, Unreadable> {
+    let length = usize::from(bytes.try_get_u8().map_err(|_| Unreadable)?);
+    if bytes.len() < length {
+        return Err(Unreadable);
+    }
+    let text = bytes.split_to(length);
+    let text = std::str::from_utf8(&text).map_err(|_| Unreadable)?;
+    text.parse().map_err(|_| Unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn letters() -> Vec<Letter> {
+        let card = Card {
+            node_id: NodeId::from_bytes([1; 16]),
+            tunnel_ws_id: TunnelId::from_bytes([2; 16]),
+            client_id: "home".parse().expect("a client id"),
+            instance_id: InstanceId::from_bytes([3; 16]),
+            slot: 1,
+            generation: 7,
+        };
+        let (from, tunnel_ws_id, client_id) = (card.node_id, card.tunnel_ws_id, card.client_id.clone());
+        let frames = Bytes::from_static(b"frames");
+        vec![
+            Letter::ToAgent {
+                from,
+                tunnel_ws_id,
+                client_id: client_id.clone(),
+                frames: frames.clone(),
+            },
+            Letter::ToIngress {
+                card: card.clone(),
+                rtt_us: 250,
+                frames,
+            },
+            Letter::NotMine {
+                from,
+                client_id,
+                tunnel_ws_id,
+                opens: vec![RequestId::from_bytes([4; 16]), RequestId::from_bytes([5; 16])],
+            },
+            Letter::News {
+                from,
+                client_id: card.client_id.clone(),
+                news: News::Up(card.clone()),
+            },
+            Letter::News {
+                from,
+                client_id: card.client_id,
+                news: News::ClientDeleted,
+            },
+        ]
+    }
+
+    #[test]
+    fn letters_survive_the_bus_and_what_is_cut_short_is_none() {
+        for letter in letters() {
+            let bytes = letter.encode();
+            assert_eq!(Letter::decode(bytes.clone()).as_ref(), Ok(&letter));
+            for cut in 0..bytes.len() {
+                // Frames have no length of their own here: cut among them it is a letter, but not this one.
+                assert_ne!(Letter::decode(bytes.slice(..cut)).as_ref(), Ok(&letter));
+            }
+        }
+    }
+
+    /// Nodes of two versions run side by side.
+    #[test]
+    fn the_bytes_of_version_1_never_change() {
+        let hex = |letter: &Letter| letter.encode().iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let (n, t, i) = ("01".repeat(16), "02".repeat(16), "03".repeat(16));
+        let (four, five) = ("04".repeat(16), "05".repeat(16));
+        let expected = [
+            format!("0101{n}{t}04686f6d656672616d6573"),
+            format!("0102{n}{t}{i}00000001000000000000000704686f6d65000000fa6672616d6573"),
+            format!("0103{n}{t}04686f6d65{four}{five}"),
+        ];
+        for (letter, expected) in letters().iter().zip(expected) {
+            assert_eq!(hex(letter), expected);
+        }
+    }
+
+    #[test]
+    fn what_another_version_says_is_dropped_or_ignored() {
+        let mut next = letters()[0].encode().to_vec();
+        next[0] = 2;
+        assert_eq!(Letter::decode(Bytes::from(next)), Err(Unreadable));
+        let mut news = letters()[4].encode().to_vec();
+        news.truncate(2 + 16 + 5);
+        news.extend_from_slice(br#"{"type":"moved_to_mars","planet":4}"#);
+        let decoded = Letter::decode(Bytes::from(news));
+        assert!(matches!(
+            decoded,
+            Ok(Letter::News {
+                news: News::Unknown,
+                ..
+            })
+        ));
+        assert_eq!(Letter::decode(Bytes::from(vec![1; 10 << 20])), Err(Unreadable));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(kind in 0u8..6, body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Letter::decode(Bytes::from([&[VERSION, kind], &body[..]].concat()));
+        }
+    }
+}
