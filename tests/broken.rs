@@ -98,7 +98,7 @@ async fn an_upstream_that_breaks_off_before_its_head_is_a_502() {
     .await;
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let (status, headers, body) = relay.get("home", "/").await;
     assert_eq!(
         (status, &headers["adit-error"]),
@@ -117,7 +117,7 @@ async fn an_upstream_that_refuses_connections_is_a_502_that_says_so() {
         .expect("a free port")
         .local_addr()
         .expect("bound");
-    let _agent = TestAgent::start(relay.address, "home", &token, nobody).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, nobody).await;
     for method in [Method::GET, Method::POST] {
         let answer = send(relay.address, ask(method, "/").body(full("x")).expect("a request")).await;
         assert_eq!(answer.headers()["adit-error"], "upstream-unreachable");

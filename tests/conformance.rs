@@ -252,7 +252,7 @@ async fn the_tunnel_changes_no_verdict() {
     let (upstream, _server) = echo_server().await;
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream).await;
     for (what, input) in whole() {
         let direct = verdict(upstream, &input).await;
         let tunnelled = verdict(relay.address, &input).await;

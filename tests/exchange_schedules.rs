@@ -17,7 +17,7 @@ use adit::{
         host::{RequestBody, Served, serve},
         ingress::Ingress,
         path::{Owner, Path},
-        table::{Accepted, Exchanges, TICK},
+        table::{Accepted, Exchanges, TICK, Taken},
     },
     ids::{InstanceId, RequestId},
     wire::{
@@ -170,7 +170,8 @@ impl World {
         to_host.into_iter().for_each(|frame| self.arrive_at_host(frame, &host));
         for frame in to_ingress {
             if let Some(id) = id_of(&frame) {
-                self.ingress.on_frame(id, frame, &ingress).expect("the owner speaks");
+                let taken = self.ingress.on_frame(id, frame, &ingress).expect("the owner speaks");
+                refuse(&self.ingress, id, taken, &ingress);
             }
         }
     }
@@ -178,8 +179,8 @@ impl World {
     fn arrive_at_host(&mut self, frame: Frame, path: &Arc<Path>) {
         let Some(id) = id_of(&frame) else { return };
         if !matches!(frame, Frame::Open(..)) {
-            self.host.on_frame(id, frame, path).expect("the owner speaks");
-            return;
+            let taken = self.host.on_frame(id, frame, path).expect("the owner speaks");
+            return refuse(&self.host, id, taken, path);
         }
         match self.host.accept(id, path, 1000) {
             Accepted::New(exchange) => {
@@ -212,6 +213,13 @@ impl World {
             .tick(|_, not| other(self.tunnels.iter().map(|tunnel| &tunnel.ingress).collect(), not));
         self.host
             .tick(|_, not| other(self.tunnels.iter().map(|tunnel| &tunnel.host).collect(), not));
+    }
+}
+
+/// What nobody knows is answered, as relay and agent do.
+fn refuse(table: &Exchanges, id: RequestId, taken: Taken, path: &Path) {
+    if let Taken::Unknown(frame) = taken {
+        table.refuse(id, &frame, path);
     }
 }
 

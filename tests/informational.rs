@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 async fn before(upstream: &RawUpstream) -> (TestRelay, TestAgent) {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     (relay, agent)
 }
 
@@ -113,7 +113,7 @@ async fn an_upstream_that_answers_at_once_may_still_read_the_body() {
         .await;
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let asked = ask(Method::POST, "/echo").header("expect", "100-continue");
     let request = asked.body(bodies::long(9, 3_000_000)).expect("a request");
     let answer = send(relay.address, request).await;

@@ -40,11 +40,11 @@ async fn a_get_goes_on_with_the_agent_that_was_started_again() {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
     let (upstream, calls) = forgetful().await;
-    let killed = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let killed = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let waiting = tokio::spawn(send(relay.address, request("GET", &relay)));
     until("the upstream is called", || calls.load(Ordering::SeqCst) == 1).await;
     killed.kill().await;
-    let _again = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _again = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let answer = within("the answer", waiting).await.expect("no panic");
     assert_eq!((answer.status().as_u16(), calls.load(Ordering::SeqCst)), (200, 2));
 }
@@ -54,11 +54,11 @@ async fn a_post_is_not_repeated() {
     let relay = TestRelay::with(|config| config.tunnels.resume_timeout = std::time::Duration::from_millis(300)).await;
     let token = relay.client("home", NewAuth::Public).await;
     let (upstream, calls) = forgetful().await;
-    let killed = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let killed = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let waiting = tokio::spawn(send(relay.address, request("POST", &relay)));
     until("the upstream is called", || calls.load(Ordering::SeqCst) == 1).await;
     killed.kill().await;
-    let _again = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _again = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let answer = within("the answer", waiting).await.expect("no panic");
     assert_eq!(answer.headers()["adit-error"], "tunnel-lost");
     assert_eq!((answer.status().as_u16(), calls.load(Ordering::SeqCst)), (502, 1));

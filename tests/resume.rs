@@ -34,7 +34,7 @@ impl BadCable {
         let (upstream, calls) = upstream().await;
         let relay = TestRelay::with(relay).await;
         let token = relay.client("home", NewAuth::Public).await;
-        let proxy = FaultProxy::start(relay.address).await;
+        let proxy = FaultProxy::start(relay.agents).await;
         let to = upstream.address.to_string();
         let agent = TestAgent::with(proxy.address, "home", &token, &to, agent).await;
         Self {

@@ -121,7 +121,7 @@ async fn a_newer_tunnel_of_the_same_slot_takes_over_what_runs() {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
     let instance = InstanceId::new();
-    let (mut old, first) = ByHand::tunnel(relay.address, &token, instance, 0).await;
+    let (mut old, first) = ByHand::tunnel(relay.agents, &token, instance, 0).await;
     let request = ask(Method::GET, "/").body(full("")).expect("a request");
     let answer = tokio::spawn(send(relay.address, request));
     let Some(Frame::Open(id, _)) = old.next().await else {
@@ -136,7 +136,7 @@ async fn a_newer_tunnel_of_the_same_slot_takes_over_what_runs() {
         },
     ))
     .await;
-    let (mut new, second) = ByHand::tunnel(relay.address, &token, instance, 0).await;
+    let (mut new, second) = ByHand::tunnel(relay.agents, &token, instance, 0).await;
     assert_ne!(first.tunnel_ws_id, second.tunnel_ws_id);
     assert_eq!(first.node_id, second.node_id);
     let mut last = None;
@@ -156,8 +156,8 @@ async fn a_newer_tunnel_of_the_same_slot_takes_over_what_runs() {
         .await;
     assert_eq!(answered(answer).await.headers()["adit-error"], "upstream-unreachable");
     // Another slot, and another instance, supersede nothing.
-    let (_beside, _) = ByHand::tunnel(relay.address, &token, instance, 1).await;
-    let (_other, _) = ByHand::tunnel(relay.address, &token, InstanceId::new(), 0).await;
+    let (_beside, _) = ByHand::tunnel(relay.agents, &token, instance, 1).await;
+    let (_other, _) = ByHand::tunnel(relay.agents, &token, InstanceId::new(), 0).await;
     assert_eq!(metric(&relay, "adit_tunnels").await, 3);
     drop((new, _beside, _other));
     relay.stop().await;
@@ -185,7 +185,7 @@ async fn a_request_waits_for_an_agent_that_was_just_here() {
     })
     .await;
     assert_eq!(home.calls.waiting().await, 0);
-    let agent = TestAgent::start(relay.address, "home", &home.token, home.upstream.address).await;
+    let agent = TestAgent::start(relay.agents, "home", &home.token, home.upstream.address).await;
     home.calls.next().await.ok("late, not lost");
     assert_eq!(
         whole(answered(answer).await).await,
@@ -278,7 +278,7 @@ async fn an_agent_that_stops_finishes_and_another_takes_over() {
     let (body, ..) = home.calls.next().await.begin(Response::builder());
     let mut down = answered(down).await.into_body();
     let (second, calls) = upstream().await;
-    let other = TestAgent::start(home.relay.address, "home", &home.token, second.address).await;
+    let other = TestAgent::start(home.relay.agents, "home", &home.token, second.address).await;
     let stopping = tokio::spawn(home.agent.stop());
     // Its tunnels take no more as soon as the relay has heard.
     within("new requests go to the other", async {
@@ -329,7 +329,7 @@ async fn a_node_that_drains_finishes_what_it_holds() {
     assert_eq!(ready(&home.relay).await, 200);
     home.relay.shutdown.begin_drain();
     within("it says so", async { while ready(&home.relay).await != 503 {} }).await;
-    let refused = ByHand::dial(home.relay.address, &home.token).await.err();
+    let refused = ByHand::dial(home.relay.agents, &home.token).await.err();
     let Some(Error::Http(refusal)) = refused else {
         panic!("a new tunnel: {refused:?}")
     };

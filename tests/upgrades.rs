@@ -85,7 +85,7 @@ struct Line {
 async fn line(to: SocketAddr) -> Line {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let agent = TestAgent::start(relay.address, "home", &token, to).await;
+    let agent = TestAgent::start(relay.agents, "home", &token, to).await;
     Line { relay, _agent: agent }
 }
 
@@ -227,7 +227,7 @@ async fn messages_in_flight_survive_cuts_of_the_agents_cable() {
     let (upstream, _task) = websocket(echo).await;
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let proxy = FaultProxy::start(relay.address).await;
+    let proxy = FaultProxy::start(relay.agents).await;
     let _agent = TestAgent::start(proxy.address, "home", &token, upstream).await;
     let (mut socket, _) = connect(relay.address, "").await;
     for round in 0..8 {

@@ -23,7 +23,7 @@ async fn seen(request: Request<Incoming>) -> Response<harness::AnyBody> {
 async fn reached(to: &str, change: impl FnOnce(&mut agent::Config)) -> (u16, Bytes) {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let agent = TestAgent::with(relay.address, "home", &token, to, change).await;
+    let agent = TestAgent::with(relay.agents, "home", &token, to, change).await;
     let (status, _, body) = relay.get("home", "/").await;
     agent.stop().await;
     relay.stop().await;

@@ -133,9 +133,11 @@ impl Registry {
         self.presence.is_behind()
     }
 
-    /// Whether there are other nodes that are not leaving, as far as was seen at the last heartbeat.
-    pub fn has_peers(&self) -> bool {
-        self.presence.has_peers()
+    /// Whether there are other nodes that are not leaving.
+    pub async fn has_peers(&self) -> Result<bool, RegistryAway> {
+        let nodes = self.store.nodes().await.map_err(away("look for other nodes"))?;
+        let mut others = nodes.iter().filter(|node| node.node_id != self.node_id());
+        Ok(others.any(|node| !node.draining))
     }
 
     /// Another node's operator changed something about this client: it is looked up again.

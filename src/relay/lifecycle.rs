@@ -94,7 +94,7 @@ async fn leave(state: &State, close_public: &CancellationToken) {
             .tell(&tunnel.path.owner.client_id, News::Leaving { tunnel_ws_id });
         tunnel.path.send(Frame::Drain(left));
     }
-    if state.registry.has_peers() {
+    if !state.peers.bus().is_alone() && state.registry.has_peers().await == Ok(true) {
         let moved = async {
             while !state.tunnels.is_empty() {
                 tokio::time::sleep(TICK).await;

@@ -119,7 +119,7 @@ impl Home {
         let relay = TestRelay::with(relay).await;
         let token = relay.client("home", NewAuth::Public).await;
         let to = upstream.address.to_string();
-        let agent = TestAgent::with(relay.address, "home", &token, &to, agent).await;
+        let agent = TestAgent::with(relay.agents, "home", &token, &to, agent).await;
         Self {
             relay,
             token,
@@ -176,8 +176,16 @@ pub async fn http2(address: SocketAddr) -> hyper::client::conn::http2::SendReque
     sender
 }
 
-/// The value of a metric, by its full name.
+/// The value of a metric, by its full name, over all nodes.
 pub async fn metric(relay: &TestRelay, name: &str) -> u64 {
+    let peers = match &relay.peer {
+        Some(peer) => Box::pin(metric(peer, name)).await,
+        None => 0,
+    };
+    peers + metric_of_node(relay, name).await
+}
+
+async fn metric_of_node(relay: &TestRelay, name: &str) -> u64 {
     let request = Request::get("/metrics").header("host", "admin").body(full(""));
     let response = super::send(relay.admin, request.expect("a request")).await;
     let (_, page) = whole(response).await;

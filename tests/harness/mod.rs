@@ -12,7 +12,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use adit::{
     agent::{self, Agent, Event},
-    cluster::registry::{NewAuth, Registry},
+    cluster::{
+        bus::local::Hub,
+        registry::{NewAuth, Registry},
+    },
     config::RelayConfig,
     ids::ClientId,
     relay::{Listeners, Relay},
@@ -59,9 +62,36 @@ pub fn full(bytes: impl Into<Bytes>) -> AnyBody {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed()
 }
 
+/// Where a story's agents are, seen from its downstreams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nodes {
+    /// At the same node.
+    One,
+    /// At another node: both in this process, on its bus, with one SQLite file.
+    Embedded,
+    /// At another node, with a MySQL-protocol server and Redis between them.
+    Servers,
+}
+
+impl Nodes {
+    /// As `ADIT_TEST_NODES` says: tests/run tells each story in each of the three.
+    pub fn of_this_run() -> Self {
+        match std::env::var("ADIT_TEST_NODES").as_deref() {
+            Ok("embedded") => Nodes::Embedded,
+            Ok("servers") => Nodes::Servers,
+            _ => Nodes::One,
+        }
+    }
+}
+
 /// A relay node on free ports.
 pub struct TestRelay {
+    /// Where downstreams connect.
     pub address: SocketAddr,
+    /// Where agents connect: to another node, if the story has two.
+    pub agents: SocketAddr,
+    /// The node of the agents, if that is another.
+    pub peer: Option<Box<TestRelay>>,
     pub admin: SocketAddr,
     pub admin_token: String,
     pub registry: Arc<Registry>,
@@ -82,13 +112,31 @@ impl TestRelay {
         let url = format!("sqlite:{}", dir.path().join("adit.db").display());
         config.database_url = url.parse().expect("a url");
         change(&mut config);
-        let mut relay = Self::run(config, "127.0.0.1:0").await;
+        let mut relay = match Nodes::of_this_run() {
+            Nodes::One => Self::run(config, "127.0.0.1:0").await,
+            Nodes::Embedded => Self::two(config, &Hub::shared()).await,
+            Nodes::Servers => Self::two(config, &Hub::new()).await,
+        };
         relay._dir = Some(dir);
         relay
     }
 
+    /// Two nodes of one relay: downstreams at the one, agents at the other.
+    async fn two(config: RelayConfig, hub: &Arc<Hub>) -> Self {
+        let mut one = Self::start_node(Relay::on_hub(config.clone(), hub.clone()), "127.0.0.1:0").await;
+        let other = Self::start_node(Relay::on_hub(config, hub.clone()), "127.0.0.1:0").await;
+        one.agents = other.address;
+        one.peer = Some(Box::new(other));
+        one
+    }
+
     /// A node on a given port, with a given registry.
     pub async fn run(config: RelayConfig, listen: &str) -> Self {
+        Self::start_node(Relay::new(config), listen).await
+    }
+
+    /// A node on a given port.
+    pub async fn start_node(relay: Relay, listen: &str) -> Self {
         let public = TcpListener::bind(listen).await.expect("a free port");
         let admin = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let (address, admin_address) = (public.local_addr().expect("bound"), admin.local_addr().expect("bound"));
@@ -97,7 +145,7 @@ impl TestRelay {
         let told = shutdown.clone();
         let task = tokio::spawn(async move {
             let listeners = Listeners { public, admin };
-            let run = Relay::new(config).run(listeners, told, |ready| drop(ready_tx.send(ready)));
+            let run = relay.run(listeners, told, |ready| drop(ready_tx.send(ready)));
             run.await.expect("the relay runs");
         });
         let ready = within("the relay starts", ready_rx).await.expect("it is ready");
@@ -107,6 +155,8 @@ impl TestRelay {
             .unwrap_or_default();
         Self {
             address,
+            agents: address,
+            peer: None,
             admin: admin_address,
             admin_token,
             registry: ready.registry,
@@ -130,6 +180,9 @@ impl TestRelay {
     pub async fn stop(self) {
         self.shutdown.begin_drain();
         within("the relay drains", self.task).await.expect("no panic");
+        if let Some(peer) = self.peer {
+            Box::pin(peer.stop()).await;
+        }
     }
 
     /// One request on a connection of its own.

@@ -159,7 +159,7 @@ async fn a3_answers_of_upstreams_that_are_not_valid() {
         bad.map_or(OK, |(_, answer, _)| answer).to_vec()
     })
     .await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     for (path, _, allowed) in BAD_ANSWERS {
         let answer = ask(&relay, "home", &format!("GET {path}")).await;
         let verdict = verdict(&answer);
@@ -275,7 +275,7 @@ fn hand_made() -> Vec<(&'static str, Stream, Vec<Verdict>)> {
 async fn a3_answers_of_agents_that_are_not_valid() {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
-    let mut agent = RawTunnel::open(relay.address, "home", &token, InstanceId::new()).await;
+    let mut agent = RawTunnel::open(relay.agents, "home", &token, InstanceId::new()).await;
     for (what, stream, allowed) in hand_made() {
         let (answer, ()) = tokio::join!(ask(&relay, "home", "POST /"), async {
             let id = agent.opened().await;

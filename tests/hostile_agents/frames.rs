@@ -50,7 +50,7 @@ async fn a1_an_agent_that_speaks_in_anothers_exchange_is_closed_and_nothing_reac
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
     let evil_token = relay.client("evil", NewAuth::Public).await;
-    let mut home = RawTunnel::open(relay.address, "home", &token, InstanceId::new()).await;
+    let mut home = RawTunnel::open(relay.agents, "home", &token, InstanceId::new()).await;
     let forgeries: [fn(RequestId) -> Frame; 4] = [
         |id| stream_frame(id, 0, whole(b"owned"), true),
         |id| Frame::Ack(id, ack()),
@@ -65,7 +65,7 @@ async fn a1_an_agent_that_speaks_in_anothers_exchange_is_closed_and_nothing_reac
             let mut socket = TcpStream::connect(relay.address).await.expect("the relay listens");
             socket.write_all(get("home", "GET /").as_bytes()).await.expect("sent");
             let id = home.opened().await;
-            let mut liar = RawTunnel::open(relay.address, client, token, InstanceId::new()).await;
+            let mut liar = RawTunnel::open(relay.agents, client, token, InstanceId::new()).await;
             liar.send(&[forge(id)]).await;
             within("the liar is closed", liar.closed()).await;
             closed += 1;
@@ -87,7 +87,7 @@ async fn a2_frames_in_any_disorder_end_their_tunnel_or_exchange_at_most() {
     let token = relay.client("home", NewAuth::Public).await;
     let other_token = relay.client("other", NewAuth::Public).await;
     let upstream = TestUpstream::echo().await;
-    let _other = TestAgent::start(relay.address, "other", &other_token, upstream.address).await;
+    let _other = TestAgent::start(relay.agents, "other", &other_token, upstream.address).await;
     let encoded = |frame: Frame| {
         let mut out = BytesMut::new();
         frame.encode(&mut out);
@@ -134,7 +134,7 @@ async fn a2_frames_in_any_disorder_end_their_tunnel_or_exchange_at_most() {
     ];
     for (what, message, kind) in endings {
         let before = violations(&relay, kind).await;
-        let mut agent = RawTunnel::open(relay.address, "home", &token, InstanceId::new()).await;
+        let mut agent = RawTunnel::open(relay.agents, "home", &token, InstanceId::new()).await;
         agent.send_bytes(message).await;
         within(what, agent.closed()).await;
         counted(
@@ -145,7 +145,7 @@ async fn a2_frames_in_any_disorder_end_their_tunnel_or_exchange_at_most() {
         assert_eq!(relay.get("other", "/").await.0, 200, "after {what}");
     }
     // What is of a later version, or late, is no reason to end anything.
-    let mut agent = RawTunnel::open(relay.address, "home", &token, InstanceId::new()).await;
+    let mut agent = RawTunnel::open(relay.agents, "home", &token, InstanceId::new()).await;
     agent.send_bytes(Bytes::from_static(b"\x7f\0\0\x03new")).await;
     agent
         .send(&[
@@ -192,11 +192,11 @@ async fn a2_random_frames_and_bytes_harm_nobody_else() {
     let token = relay.client("home", NewAuth::Public).await;
     let other_token = relay.client("other", NewAuth::Public).await;
     let upstream = TestUpstream::echo().await;
-    let _other = TestAgent::start(relay.address, "other", &other_token, upstream.address).await;
+    let _other = TestAgent::start(relay.agents, "other", &other_token, upstream.address).await;
     let mut runner = TestRunner::deterministic();
     for round in 0..60 {
         let frames = disorder().new_tree(&mut runner).expect("a tree").current();
-        let mut agent = RawTunnel::open(relay.address, "home", &token, InstanceId::new()).await;
+        let mut agent = RawTunnel::open(relay.agents, "home", &token, InstanceId::new()).await;
         let mut socket = TcpStream::connect(relay.address).await.expect("the relay listens");
         socket.write_all(get("home", "GET /").as_bytes()).await.expect("sent");
         let id = agent.opened().await;
@@ -256,7 +256,7 @@ async fn a2_a_first_message_that_is_no_hello() {
         b"\x01\0\0\x04null",
     ];
     for (at, message) in bad.into_iter().enumerate() {
-        let mut agent = RawTunnel::connect(relay.address, "home", &token)
+        let mut agent = RawTunnel::connect(relay.agents, "home", &token)
             .await
             .expect("a WebSocket");
         agent.send_bytes(Bytes::copy_from_slice(message)).await;
@@ -275,9 +275,9 @@ async fn a6_the_older_tunnel_of_a_slot_is_told_and_closed_every_time() {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
     let instance_id = InstanceId::new();
-    let mut held = RawTunnel::open(relay.address, "home", &token, instance_id).await;
+    let mut held = RawTunnel::open(relay.agents, "home", &token, instance_id).await;
     for _ in 0..20 {
-        let newer = RawTunnel::open(relay.address, "home", &token, instance_id).await;
+        let newer = RawTunnel::open(relay.agents, "home", &token, instance_id).await;
         let mut older = std::mem::replace(&mut held, newer);
         assert_eq!(older.next().await, Some(Frame::Superseded));
         within("it is closed", older.closed()).await;

@@ -42,7 +42,7 @@ async fn a4_names_that_are_no_client_ids_in_every_place() {
     let relay = TestRelay::with(|config| config.domain = Some("t.org".parse().expect("a domain"))).await;
     let token = relay.client("home", NewAuth::Public).await;
     let upstream = TestUpstream::echo().await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let refused = |answer: &RawAnswer, what: &str| {
         assert_eq!(answer.status(), 400, "{what}: {answer:?}");
         assert!(answer.head().contains("adit-error: bad-request"), "{what}: {answer:?}");
@@ -175,9 +175,9 @@ async fn a5_one_401_for_whatever_is_wrong_and_429_but_never_for_who_is_right() {
         assert_eq!(answer.values("retry-after").len(), 1, "{answer:?}");
     }
     let upstream = TestUpstream::echo().await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     assert_eq!(downstream("home", &token).await.status(), 200);
-    assert!(RawTunnel::connect(relay.address, "other", &wrong).await.is_err());
+    assert!(RawTunnel::connect(relay.agents, "other", &wrong).await.is_err());
 }
 
 /// Names and labels, without the values.
@@ -193,7 +193,7 @@ async fn a9_nobody_outside_adds_a_time_series() {
     let relay = TestRelay::start().await;
     let token = relay.client("home", NewAuth::Public).await;
     let upstream = TestUpstream::echo().await;
-    let _agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+    let _agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
     let before = series(&metrics(&relay).await);
     assert!(!before.is_empty());
     for n in 0..20 {
@@ -204,7 +204,7 @@ async fn a9_nobody_outside_adds_a_time_series() {
         assert_eq!(send_raw(relay.address, host).await.status(), 404);
         let admin = format!("GET /api/v1/x-{n} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
         send_raw(relay.admin, admin).await;
-        let _ = RawTunnel::connect(relay.address, &format!("agent-{n}"), "x").await;
+        let _ = RawTunnel::connect(relay.agents, &format!("agent-{n}"), "x").await;
     }
     assert_eq!(series(&metrics(&relay).await), before);
 }

@@ -37,7 +37,7 @@ impl World {
     pub async fn with(change: impl FnOnce(&mut RelayConfig), upstream: RawUpstream) -> Self {
         let relay = TestRelay::with(change).await;
         let token = relay.client("home", NewAuth::Public).await;
-        let agent = TestAgent::start(relay.address, "home", &token, upstream.address).await;
+        let agent = TestAgent::start(relay.agents, "home", &token, upstream.address).await;
         Self {
             relay,
             upstream,

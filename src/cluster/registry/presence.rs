@@ -58,8 +58,6 @@ pub(super) struct Presence {
     node: Node,
     started_at: i64,
     draining: AtomicBool,
-    /// Whether other nodes were there at the last heartbeat that were not leaving.
-    has_peers: AtomicBool,
     held: Mutex<Held>,
     changed: Notify,
 }
@@ -70,7 +68,6 @@ impl Presence {
             node,
             started_at: now_ms(),
             draining: AtomicBool::new(false),
-            has_peers: AtomicBool::new(false),
             held: Mutex::default(),
             changed: Notify::new(),
         }
@@ -82,10 +79,6 @@ impl Presence {
 
     pub fn is_behind(&self) -> bool {
         self.held().is_behind()
-    }
-
-    pub fn has_peers(&self) -> bool {
-        self.has_peers.load(Ordering::Relaxed)
     }
 
     /// Held for a few instructions, never across an await; what it guards is whole between any two of them.
@@ -244,9 +237,6 @@ impl Registry {
 
     async fn reap(&self, watch: &mut Watch, now: Instant) -> Result<(), StoreError> {
         let nodes = self.store.nodes().await?;
-        let others = nodes.iter().filter(|node| node.node_id != self.node_id());
-        let staying = others.filter(|node| !node.draining).count();
-        self.presence.has_peers.store(staying > 0, Ordering::Relaxed);
         for (node_id, last_beat) in watch.peers.look(now, &nodes) {
             if self.store.reap_node(node_id, last_beat).await? {
                 tracing::warn!(node.id = %node_id, "a node died: its tunnels are removed from the registry");
