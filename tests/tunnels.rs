@@ -329,7 +329,7 @@ async fn a_node_that_drains_finishes_what_it_holds() {
     assert_eq!(ready(&home.relay).await, 200);
     home.relay.shutdown.begin_drain();
     within("it says so", async { while ready(&home.relay).await != 503 {} }).await;
-    let refused = ByHand::dial(home.relay.agents, &home.token).await.err();
+    let refused = ByHand::dial(home.relay.address, &home.token).await.err();
     let Some(Error::Http(refusal)) = refused else {
         panic!("a new tunnel: {refused:?}")
     };

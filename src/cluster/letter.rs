@@ -20,6 +20,7 @@ mod kind {
     pub const TO_INGRESS: u8 = 2;
     pub const NOT_MINE: u8 = 3;
     pub const NEWS: u8 = 4;
+    pub const FOREIGN: u8 = 5;
 }
 
 /// A tunnel as nodes tell each other of it. The node that holds it vouches for every word.
@@ -37,6 +38,8 @@ pub struct Card {
     pub slot: u32,
     /// How often the agent had dialled for this slot: of two in a slot the higher is the newer.
     pub generation: u64,
+    /// The access token it was opened with: revoking that closes it.
+    pub token_id: TokenId,
 }
 
 impl Card {
@@ -118,6 +121,15 @@ pub enum Letter {
         /// The exchanges that were to be opened.
         opens: Vec<RequestId>,
     },
+    /// The agent at the end of a tunnel that the receiver holds spoke in somebody else's exchange.
+    Foreign {
+        /// Who says so.
+        from: NodeId,
+        /// Whose tunnel it is.
+        client_id: ClientId,
+        /// The tunnel.
+        tunnel_ws_id: TunnelId,
+    },
     /// Something that a client's nodes have to know.
     News {
         /// Who says so.
@@ -163,6 +175,15 @@ impl Letter {
                 put_client(&mut out, client_id);
                 opens.iter().for_each(|id| out.put_slice(&id.to_bytes()));
             }
+            Letter::Foreign {
+                from,
+                client_id,
+                tunnel_ws_id,
+            } => {
+                begin(&mut out, kind::FOREIGN, *from);
+                out.put_slice(&tunnel_ws_id.to_bytes());
+                put_client(&mut out, client_id);
+            }
             Letter::News { from, client_id, news } => {
                 begin(&mut out, kind::NEWS, *from);
                 put_client(&mut out, client_id);
@@ -194,6 +215,11 @@ impl Letter {
                 tunnel_ws_id: TunnelId::from_bytes(id(&mut bytes)?),
                 client_id: client(&mut bytes)?,
                 opens: ids(bytes)?,
+            }),
+            kind::FOREIGN => Ok(Letter::Foreign {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                tunnel_ws_id: TunnelId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
             }),
             kind::NEWS => Ok(Letter::News {
                 from: NodeId::from_bytes(id(&mut bytes)?),
@@ -241,6 +267,7 @@ fn put_card(out: &mut BytesMut, card: &Card) {
     out.put_slice(&card.instance_id.to_bytes());
     out.put_u32(card.slot);
     out.put_u64(card.generation);
+    out.put_slice(&card.token_id.to_bytes());
     put_client(out, &card.client_id);
 }
 
@@ -251,6 +278,7 @@ fn card(bytes: &mut Bytes) -> Result<Card, Unreadable> {
         instance_id: InstanceId::from_bytes(id(bytes)?),
         slot: bytes.try_get_u32().map_err(|_| Unreadable)?,
         generation: bytes.try_get_u64().map_err(|_| Unreadable)?,
+        token_id: TokenId::from_bytes(id(bytes)?),
         client_id: client(bytes)?,
     })
 }
@@ -293,6 +321,7 @@ mod tests {
             instance_id: InstanceId::from_bytes([3; 16]),
             slot: 1,
             generation: 7,
+            token_id: TokenId::from_bytes([6; 16]),
         };
         let (from, tunnel_ws_id, client_id) = (card.node_id, card.tunnel_ws_id, card.client_id.clone());
         let frames = Bytes::from_static(b"frames");
@@ -313,6 +342,11 @@ mod tests {
                 client_id,
                 tunnel_ws_id,
                 opens: vec![RequestId::from_bytes([4; 16]), RequestId::from_bytes([5; 16])],
+            },
+            Letter::Foreign {
+                from,
+                client_id: card.client_id.clone(),
+                tunnel_ws_id,
             },
             Letter::News {
                 from,
@@ -344,11 +378,12 @@ mod tests {
     fn the_bytes_of_version_1_never_change() {
         let hex = |letter: &Letter| letter.encode().iter().map(|b| format!("{b:02x}")).collect::<String>();
         let (n, t, i) = ("01".repeat(16), "02".repeat(16), "03".repeat(16));
-        let (four, five) = ("04".repeat(16), "05".repeat(16));
+        let (four, five, k) = ("04".repeat(16), "05".repeat(16), "06".repeat(16));
         let expected = [
             format!("0101{n}{t}04686f6d656672616d6573"),
-            format!("0102{n}{t}{i}00000001000000000000000704686f6d65000000fa6672616d6573"),
+            format!("0102{n}{t}{i}000000010000000000000007{k}04686f6d65000000fa6672616d6573"),
             format!("0103{n}{t}04686f6d65{four}{five}"),
+            format!("0105{n}{t}04686f6d65"),
         ];
         for (letter, expected) in letters().iter().zip(expected) {
             assert_eq!(hex(letter), expected);
@@ -360,7 +395,7 @@ mod tests {
         let mut next = letters()[0].encode().to_vec();
         next[0] = 2;
         assert_eq!(Letter::decode(Bytes::from(next)), Err(Unreadable));
-        let mut news = letters()[4].encode().to_vec();
+        let mut news = letters()[5].encode().to_vec();
         news.truncate(2 + 16 + 5);
         news.extend_from_slice(br#"{"type":"moved_to_mars","planet":4}"#);
         let decoded = Letter::decode(Bytes::from(news));
@@ -376,7 +411,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(kind in 0u8..6, body in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn no_bytes_make_it_panic(kind in 0u8..7, body in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Letter::decode(Bytes::from([&[VERSION, kind], &body[..]].concat()));
         }
     }

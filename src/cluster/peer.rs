@@ -206,6 +206,16 @@ impl Peers {
         self.bus.publish(Channel::Node(card.node_id), letter.freeze());
     }
 
+    /// Tells a node that an agent of its spoke in somebody else's exchange.
+    pub fn denounce(&self, card: &Card) {
+        let letter = Letter::Foreign {
+            from: self.node_id,
+            client_id: card.client_id.clone(),
+            tunnel_ws_id: card.tunnel_ws_id,
+        };
+        self.bus.publish(Channel::Node(card.node_id), letter.encode());
+    }
+
     /// Tells the nodes that know a client something about it.
     pub fn tell(&self, client_id: &ClientId, news: News) -> Receipt {
         let letter = Letter::News {

@@ -127,7 +127,7 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
         instance_id: hello.instance_id,
     };
     let path = Path::new(owner, state.exchanges.clock());
-    let tunnel = Tunnel::here(hello.slot, hello.generation, token_id, remote, path);
+    let tunnel = Tunnel::here(hello.slot, hello.generation, token_id, path);
     let limit = state.config.tunnels.max_tunnels_per_client;
     let joined = match state.tunnels.join(tunnel.clone(), limit) {
         Ok(joined) => joined,
@@ -139,7 +139,7 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
         }
     };
     let _counted = state.metrics.tunnel();
-    begin(&state, &joined, &hello, token_id, remote);
+    begin(&state, &joined, &hello, remote);
     let card = tunnel.card(state.peers.node_id());
     let taker = RelayTaker {
         tunnel_ws_id: tunnel.id,
@@ -168,7 +168,7 @@ async fn read_hello(socket: &mut FrameSocket<TokioIo<Upgraded>>) -> Result<Agent
 
 /// The tunnel is in the table: the older one of its slot goes, the agent learns where it is, the registry too, and what
 /// waits for this agent goes on.
-fn begin(state: &State, joined: &Joined, hello: &AgentHello, token_id: TokenId, remote: IpAddr) {
+fn begin(state: &State, joined: &Joined, hello: &AgentHello, remote: IpAddr) {
     let tunnel = &joined.tunnel;
     let Owner { client_id, instance_id } = &tunnel.path.owner;
     tunnel.path.send(hello::to_frame(&RelayHello {
@@ -193,7 +193,7 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello, token_id: TokenId, 
         dialect: "adit".into(),
         instance_id: Some(*instance_id),
         slot: Some(tunnel.slot),
-        token_id: Some(token_id),
+        token_id: Some(tunnel.token_id),
         agent_version: Some(hello.version.chars().take(64).collect()),
         remote_addr: remote.to_string(),
         connected_at: now_ms(),

@@ -17,7 +17,7 @@ use crate::{
     },
     exchange::{NotYours, path::Owner, table::Taken},
     ids::{ClientId, NodeId, TunnelId},
-    telemetry::FrameDrop,
+    telemetry::{FrameDrop, Violation},
     wire::frame::{Code, Frame, Raw},
 };
 
@@ -46,6 +46,11 @@ impl Inbox for NodeInbox {
                 opens,
                 gone: true,
             }),
+            Ok(Letter::Foreign {
+                client_id,
+                tunnel_ws_id,
+                ..
+            }) => expel(state, &client_id, tunnel_ws_id),
             Ok(Letter::News { from, client_id, news }) if from != state.peers.node_id() => {
                 on_news(state, &client_id, news)
             }
@@ -84,7 +89,8 @@ fn to_ingress(state: &State, card: &Card, rtt_us: u32, mut frames: Bytes) {
         return state.peers.refuse(card, id);
     };
     if !exchange.is_of(&card.owner()) {
-        return state.metrics.frame_dropped(FrameDrop::Foreign);
+        state.metrics.frame_dropped(FrameDrop::Foreign);
+        return state.peers.denounce(card);
     }
     let Ok(learned) = state.tunnels.learn(card) else {
         return state.metrics.frame_dropped(FrameDrop::Superseded);
@@ -100,6 +106,16 @@ fn to_ingress(state: &State, card: &Card, rtt_us: u32, mut frames: Bytes) {
             Ok(Taken::Unknown(_)) => state.metrics.frame_dropped(FrameDrop::UnknownExchange),
             Err(NotYours) => state.metrics.frame_dropped(FrameDrop::Foreign),
         }
+    }
+}
+
+/// An agent here spoke in an exchange that is not its own: another node noticed.
+fn expel(state: &State, client_id: &ClientId, id: TunnelId) {
+    let tunnel = state.tunnels.find(client_id, id);
+    if let Some(tunnel) = tunnel.filter(|tunnel| tunnel.is_here() && !tunnel.path.is_closed()) {
+        state.metrics.violation(Violation::Foreign);
+        tracing::warn!(client.id = %client_id, tunnel.id = %id, "it spoke in somebody else's exchange, at another node: closing the tunnel");
+        tunnel.close(None);
     }
 }
 
@@ -129,7 +145,7 @@ fn on_news(state: &State, client_id: &ClientId, news: News) {
         }
         News::TokenRevoked { token_id } => {
             state.registry.heard_of_change(client_id);
-            lifecycle::revoke(state, |tunnel| tunnel.was_opened_with(token_id));
+            lifecycle::revoke(state, |tunnel| tunnel.token_id == token_id);
         }
         News::ClientDeleted => {
             state.registry.heard_of_change(client_id);

@@ -16,7 +16,7 @@ use super::{
     downstream::{io::Timeouts, listener},
     inbox::NodeInbox,
     routes,
-    tunnels::{Place, Tunnel},
+    tunnels::Tunnel,
 };
 use crate::{
     cluster::{bus::Channel, letter::News, registry::RegistryEvent},
@@ -228,7 +228,7 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
         match event {
             Ok(RegistryEvent::TokenRevoked { client_id, token_id }) => {
                 state.peers.tell(&client_id, News::TokenRevoked { token_id });
-                revoke(&state, |tunnel| tunnel.was_opened_with(token_id));
+                revoke(&state, |tunnel| tunnel.token_id == token_id);
             }
             Ok(RegistryEvent::ClientDeleted { client_id }) => {
                 state.peers.tell(&client_id, News::ClientDeleted);
@@ -244,18 +244,15 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
     }
 }
 
+/// Ends what runs through these tunnels, wherever they are; those that are here are closed, and peers close theirs.
 pub(super) fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
-    let tunnels: Vec<_> = state
-        .tunnels
-        .held()
-        .into_iter()
-        .filter(|tunnel| doomed(tunnel))
-        .collect();
+    let known = state.tunnels.known().into_iter();
+    let tunnels: Vec<_> = known.filter(|tunnel| doomed(tunnel)).collect();
     let owners: HashSet<_> = tunnels.iter().map(|tunnel| tunnel.path.owner.clone()).collect();
     // What is tried again must not come back to them.
     tunnels.iter().for_each(|tunnel| tunnel.path.set_leaving());
     state.exchanges.reset_owners(&owners, Code::PathLost);
-    for tunnel in tunnels {
+    for tunnel in tunnels.iter().filter(|tunnel| tunnel.is_here()) {
         tracing::info!(client.id = %tunnel.path.owner.client_id, tunnel.id = %tunnel.id, "its token was revoked: closing the tunnel");
         tunnel.close(None);
     }
@@ -263,14 +260,11 @@ pub(super) fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
 
 async fn recheck(state: &State) {
     for tunnel in state.tunnels.held() {
-        let Place::Here { token_id, .. } = tunnel.place else {
-            continue;
-        };
         let client_id = &tunnel.path.owner.client_id;
         let Ok(client) = state.registry.client(client_id).await else {
             continue;
         };
-        if !client.is_some_and(|client| client.has_token(token_id)) {
+        if !client.is_some_and(|client| client.has_token(tunnel.token_id)) {
             revoke(state, |other| other.id == tunnel.id);
         }
     }

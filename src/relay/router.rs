@@ -103,6 +103,7 @@ fn card(holder: &Holder) -> Option<Card> {
         instance_id: row.instance_id?,
         slot: row.slot?,
         generation: 0,
+        token_id: row.token_id?,
     })
 }
 

@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
@@ -37,6 +36,8 @@ pub struct Tunnel {
     pub slot: u32,
     /// The agent's count of its dials of this slot.
     pub generation: u64,
+    /// The access token it was opened with: revoking that closes it.
+    pub token_id: TokenId,
     /// Who holds it.
     pub place: Place,
     /// Where its frames go.
@@ -49,24 +50,20 @@ pub struct Tunnel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// This node.
-    Here {
-        /// The access token it was opened with: revoking that closes it.
-        token_id: TokenId,
-        /// Where the agent's connection comes from.
-        remote: IpAddr,
-    },
+    Here,
     /// Another.
     At(NodeId),
 }
 
 impl Tunnel {
     /// A tunnel that this node holds.
-    pub fn here(slot: u32, generation: u64, token_id: TokenId, remote: IpAddr, path: Arc<Path>) -> Arc<Self> {
+    pub fn here(slot: u32, generation: u64, token_id: TokenId, path: Arc<Path>) -> Arc<Self> {
         Arc::new(Self {
             id: TunnelId::new(),
             slot,
             generation,
-            place: Place::Here { token_id, remote },
+            token_id,
+            place: Place::Here,
             path,
             since: Instant::now(),
         })
@@ -77,6 +74,7 @@ impl Tunnel {
             id: card.tunnel_ws_id,
             slot: card.slot,
             generation: card.generation,
+            token_id: card.token_id,
             place: Place::At(card.node_id),
             path,
             since: Instant::now(),
@@ -89,12 +87,7 @@ impl Tunnel {
 
     /// Whether this node holds it.
     pub fn is_here(&self) -> bool {
-        matches!(self.place, Place::Here { .. })
-    }
-
-    /// Whether this node holds it, and it was opened with this token.
-    pub fn was_opened_with(&self, token: TokenId) -> bool {
-        matches!(self.place, Place::Here { token_id, .. } if token_id == token)
+        self.place == Place::Here
     }
 
     /// How peers are told of it; `None` when it is a peer's.
@@ -106,6 +99,7 @@ impl Tunnel {
             instance_id: self.path.owner.instance_id,
             slot: self.slot,
             generation: self.generation,
+            token_id: self.token_id,
         })
     }
 
@@ -388,6 +382,12 @@ impl Tunnels {
         });
     }
 
+    /// All tunnels, here and at peers.
+    pub fn known(&self) -> Vec<Arc<Tunnel>> {
+        let clients = self.read();
+        clients.values().flat_map(|held| held.tunnels.iter().cloned()).collect()
+    }
+
     /// All tunnels that this node holds.
     pub fn held(&self) -> Vec<Arc<Tunnel>> {
         let clients = self.read();
@@ -445,7 +445,7 @@ mod tests {
             instance_id,
         };
         let path = Path::new(owner, Clock::default());
-        Tunnel::here(slot, generation, TokenId::new(), [127, 0, 0, 1].into(), path)
+        Tunnel::here(slot, generation, TokenId::new(), path)
     }
 
     fn card(instance_id: InstanceId, slot: u32, generation: u64) -> Card {
@@ -456,6 +456,7 @@ mod tests {
             instance_id,
             slot,
             generation,
+            token_id: TokenId::new(),
         }
     }
 

@@ -31,7 +31,10 @@ async fn metrics(relay: &TestRelay) -> String {
 /// Waits until a line is on the page of metrics.
 async fn counted(relay: &TestRelay, line: &str) {
     harness::within(line, async {
-        while !metrics(relay).await.contains(&format!("{line}\n")) {
+        let says = async |relay| metrics(relay).await.contains(&format!("{line}\n"));
+        // Tunnels are counted where they are.
+        let node = relay.peer.as_deref().unwrap_or(relay);
+        while !says(node).await {
             tokio::task::yield_now().await;
         }
     })
