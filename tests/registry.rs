@@ -89,6 +89,7 @@ fn tunnel(client: &str) -> ConnectionRow {
         dialect: "adit".into(),
         instance_id: Some(InstanceId::new()),
         slot: Some(1),
+        generation: 0,
         token_id: Some(TokenId::new()),
         agent_version: Some("0.1.0".into()),
         remote_addr: "192.0.2.1:1234".into(),

@@ -185,6 +185,7 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello) {
         dialect: "adit".into(),
         instance_id: Some(*instance_id),
         slot: Some(tunnel.slot),
+        generation: 0,
         token_id: Some(tunnel.token_id),
         agent_version: Some(hello.version.chars().take(64).collect()),
         remote_addr: tunnel.remote.to_string(),
