@@ -1,13 +1,16 @@
 //! Stories of the registry and of who is let in: what operators, agents and downstreams see, also while the database
-//! is away or a node is dead.
+//! is away or a node is dead. Each is told twice: with a SQLite file and with MySQL (MariaDB, here).
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+#[path = "harness/servers.rs"]
+mod servers;
+
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use adit::{
     cluster::{
         now_ms,
         registry::{ConnectionRow, NewAuth, Node, Registry, RegistryAway, RegistryEvent, Watch},
-        store::{NodeRow, Store},
+        store::{NodeRow, SchemaVersion, Store, StoreError},
     },
     error::Cause,
     ids::{ClientId, InstanceId, NodeId, TokenId, TunnelId},
@@ -15,29 +18,47 @@ use adit::{
     secret::Secret,
 };
 use axum::response::IntoResponse;
+use base64::Engine;
+use futures_util::future::join_all;
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use http_body_util::BodyExt;
-use sqlx::sqlite::SqlitePool;
+use servers::MariaDb;
+use sqlx::{AnyPool, Connection, MySqlConnection, Row};
 use tempfile::TempDir;
 use tokio::{sync::oneshot, time::Instant};
 
 const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
+/// Longer than anything should take on any machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// For a database that is known to be silent.
+const SHORT: Duration = Duration::from_millis(200);
+
 /// A database that nodes share, and that can be away.
 struct Database {
     store: Store,
     /// A way in beside the store, to break things.
-    raw: SqlitePool,
-    dir: TempDir,
+    raw: AnyPool,
+    url: String,
+    /// Where the file is, if it is one.
+    dir: Option<TempDir>,
 }
 
 impl Database {
-    async fn start() -> Self {
+    async fn sqlite() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let url = format!("sqlite:{}", dir.path().join("adit.db").display());
+        Self::open(url, Some(dir)).await
+    }
+
+    async fn mysql() -> Self {
+        Self::open(MariaDb::shared().database().await, None).await
+    }
+
+    async fn open(url: String, dir: Option<TempDir>) -> Self {
         let store = Store::open(&url).await.expect("a store");
-        let raw = SqlitePool::connect(&url).await.expect("a way in");
-        Self { store, raw, dir }
+        let raw = AnyPool::connect(&url).await.expect("a way in");
+        Self { store, raw, url, dir }
     }
 
     fn node(&self) -> Arc<Registry> {
@@ -72,10 +93,56 @@ impl Database {
             .expect("executed");
     }
 
+    /// Nothing is there yet but the file or the database itself.
+    async fn begin_anew(&self) {
+        for table in TABLES.iter().chain(&["_sqlx_migrations"]) {
+            self.run(format!("DROP TABLE {table}")).await;
+        }
+    }
+
+    /// Everything that is stored, in whatever form.
+    async fn contents(&self) -> Vec<u8> {
+        let mut contents = Vec::new();
+        if let Some(dir) = &self.dir {
+            for file in std::fs::read_dir(dir.path()).expect("files") {
+                contents.extend(std::fs::read(file.expect("a file").path()).expect("read"));
+            }
+            return contents;
+        }
+        for table in TABLES {
+            let select = sqlx::AssertSqlSafe(format!("SELECT * FROM {table}"));
+            for row in sqlx::query(select).fetch_all(&self.raw).await.expect("rows") {
+                for column in 0..row.len() {
+                    contents.extend(bytes(&row, column));
+                }
+            }
+        }
+        contents
+    }
+
     async fn tunnels(&self, client: &str) -> Vec<TunnelId> {
         let holders = self.store.holders(&id(client)).await.expect("holders");
         holders.into_iter().map(|holder| holder.tunnel.tunnel_ws_id).collect()
     }
+}
+
+const TABLES: [&str; 7] = [
+    "nodes",
+    "connections",
+    "clients",
+    "client_access_tokens",
+    "signature_tokens",
+    "magic_tokens",
+    "settings",
+];
+
+/// A value as it is stored; numbers hold no secrets.
+fn bytes(row: &sqlx::any::AnyRow, column: usize) -> Vec<u8> {
+    let text = row
+        .try_get::<Option<String>, _>(column)
+        .map(|text| text.map(String::into_bytes));
+    let value = text.or_else(|_| row.try_get::<Option<Vec<u8>>, _>(column));
+    value.unwrap_or_default().unwrap_or_default()
 }
 
 fn id(name: &str) -> ClientId {
@@ -89,7 +156,7 @@ fn tunnel(client: &str) -> ConnectionRow {
         dialect: "adit".into(),
         instance_id: Some(InstanceId::new()),
         slot: Some(1),
-        generation: 0,
+        generation: 3,
         token_id: Some(TokenId::new()),
         agent_version: Some("0.1.0".into()),
         remote_addr: "192.0.2.1:1234".into(),
@@ -119,9 +186,7 @@ async fn body_without_id(cause: Cause) -> String {
     problem.to_string()
 }
 
-#[tokio::test]
-async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer() {
-    let database = Database::start().await;
+async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let mut events = registry.events();
@@ -154,9 +219,7 @@ async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer() {
     );
 }
 
-#[tokio::test]
-async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials() {
-    let database = Database::start().await;
+async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let (_, secret) = registry
@@ -193,9 +256,7 @@ async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credent
     );
 }
 
-#[tokio::test]
-async fn whatever_is_wrong_with_a_token_the_answer_is_the_same() {
-    let database = Database::start().await;
+async fn whatever_is_wrong_with_a_token_the_answer_is_the_same(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let (_, home) = registry
@@ -231,9 +292,7 @@ async fn whatever_is_wrong_with_a_token_the_answer_is_the_same() {
     assert!(!bodies[0].contains(wrong) && !bodies[0].contains("home"));
 }
 
-#[tokio::test]
-async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works() {
-    let database = Database::start().await;
+async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let (_, secret) = registry
@@ -267,9 +326,7 @@ async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_stil
     );
 }
 
-#[tokio::test]
-async fn a_client_asks_its_downstreams_for_what_its_operator_chose() {
-    let database = Database::start().await;
+async fn a_client_asks_its_downstreams_for_what_its_operator_chose(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let password = Secret::from("hunter2".to_owned());
@@ -308,9 +365,7 @@ async fn a_client_asks_its_downstreams_for_what_its_operator_chose() {
     assert_eq!(get(&HeaderMap::new()).await, Ok(Consumed::Nothing));
 }
 
-#[tokio::test]
-async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it() {
-    let database = Database::start().await;
+async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it(database: Database) {
     let (old, new) = (database.node(), database.node());
     let (mut old_watch, mut new_watch) = (Watch::default(), Watch::default());
     let (before, after) = (tunnel("home"), tunnel("home"));
@@ -336,9 +391,7 @@ async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it() {
     );
 }
 
-#[tokio::test]
-async fn a_dead_node_loses_its_tunnels_and_nobody_else_does() {
-    let database = Database::start().await;
+async fn a_dead_node_loses_its_tunnels_and_nobody_else_does(database: Database) {
     let living = database.node();
     living
         .create_client(&id("home"), NewAuth::Token)
@@ -381,9 +434,7 @@ async fn a_dead_node_loses_its_tunnels_and_nobody_else_does() {
     );
 }
 
-#[tokio::test]
-async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again() {
-    let database = Database::start().await;
+async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again(database: Database) {
     let zombie = database.node();
     let (mut watch, start) = (Watch::default(), Instant::now());
     let (kept, left) = (tunnel("home"), tunnel("home"));
@@ -408,9 +459,7 @@ async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again() {
     assert_eq!(database.tunnels("home").await, [kept.tunnel_ws_id]);
 }
 
-#[tokio::test]
-async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later() {
-    let database = Database::start().await;
+async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later(database: Database) {
     let registry = database.forgetful_node();
     let auth = Auth::new(registry.clone());
     let (token_id, secret) = registry
@@ -451,9 +500,7 @@ async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded
     assert!(client.last_seen_at_ms.is_some());
 }
 
-#[tokio::test]
-async fn a_revoked_token_stays_revoked_when_the_database_goes_away() {
-    let database = Database::start().await;
+async fn a_revoked_token_stays_revoked_when_the_database_goes_away(database: Database) {
     let registry = database.forgetful_node();
     let auth = Auth::new(registry.clone());
     let (token_id, secret) = registry
@@ -472,9 +519,7 @@ async fn a_revoked_token_stays_revoked_when_the_database_goes_away() {
     );
 }
 
-#[tokio::test]
-async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it() {
-    let database = Database::start().await;
+async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it(database: Database) {
     let registry = database.node();
     let (stop_tx, stop_rx) = oneshot::channel::<()>();
     let running = tokio::spawn({
@@ -499,9 +544,7 @@ async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it() {
     assert_eq!(database.store.nodes().await.expect("nodes"), []);
 }
 
-#[tokio::test]
-async fn nothing_that_is_stored_or_printed_holds_a_secret() {
-    let database = Database::start().await;
+async fn nothing_that_is_stored_or_printed_holds_a_secret(database: Database) {
     let registry = database.node();
     let basic = NewAuth::Basic {
         user: "ann".into(),
@@ -511,17 +554,371 @@ async fn nothing_that_is_stored_or_printed_holds_a_secret() {
     let (_, secret) = registry.create_client(&id("home"), basic).await.expect("created");
     let client = registry.client(&id("home")).await.expect("answered").expect("known");
     let printed = format!("{printed} {client:?} {secret:?}");
-    database.store.close().await;
-    database.raw.close().await;
-    let mut stored = Vec::new();
-    for file in std::fs::read_dir(database.dir.path()).expect("files") {
-        stored.extend(std::fs::read(file.expect("a file").path()).expect("read"));
-    }
+    let stored = database.contents().await;
+    assert!(
+        stored.windows(4).any(|window| window == b"home"),
+        "this is the right place"
+    );
     for canary in ["canary-password", secret.expose()] {
         assert!(!printed.contains(canary), "{printed}");
         assert!(
             !stored.windows(canary.len()).any(|window| window == canary.as_bytes()),
-            "in the database's files"
+            "in the database"
         );
     }
+}
+
+async fn nodes_that_start_at_once_bring_the_database_to_their_version_together(database: Database) {
+    database.begin_anew().await;
+    let opened = join_all((0..6).map(|_| Store::open(&database.url))).await;
+    for store in opened {
+        let version = store.expect("opened").schema_version().await.expect("a version");
+        assert_eq!(version.found, version.known);
+    }
+}
+
+async fn a_database_that_a_newer_version_has_changed_still_serves_this_one(database: Database) {
+    database
+        .run(
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+             VALUES (9999, 'of the future', TRUE, 'x', 1)"
+                .to_owned(),
+        )
+        .await;
+    let store = Store::open(&database.url).await.expect("opened");
+    let SchemaVersion { found, known } = store.schema_version().await.expect("a version");
+    assert!(found == 9999 && known < found, "{found} {known}");
+}
+
+async fn names_that_are_nearly_the_same_are_not(database: Database) {
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let (token_id, secret) = registry
+        .create_client(&id("abc"), NewAuth::Token)
+        .await
+        .expect("created");
+    for (at, name) in ["ABC", "abc ", "Abc", "ábc"].into_iter().enumerate() {
+        let client = format!("INSERT INTO clients (client_id, auth, created_at) VALUES ('{name}', 'public', 1)");
+        database.run(client).await;
+        let token = "INSERT INTO client_access_tokens (token_id, client_id, token_hash, created_at)";
+        database
+            .run(format!("{token} VALUES ('{at}', '{name}', 'not a hash', 1)"))
+            .await;
+        let tunnel = "INSERT INTO connections (tunnel_ws_id, client_id, node_id, dialect, remote_addr, connected_at)";
+        database
+            .run(format!("{tunnel} VALUES ('{at}', '{name}', 'nobody', 'adit', '', 1)"))
+            .await;
+        database.store.insert_setting(name, name).await.expect("its own");
+    }
+
+    assert_eq!(
+        auth.agent(&id("abc"), HERE, &bearer(secret.expose())).await,
+        Ok(token_id)
+    );
+    let summary = registry.describe_client(&id("abc")).await.expect("known");
+    assert_eq!((summary.auth.as_str(), summary.tunnels), ("token", 0));
+    assert_eq!(registry.list_tokens(&id("abc")).await.expect("tokens").len(), 1);
+    assert_eq!(database.store.setting("abc").await.expect("answered"), None);
+    let spaced = database.store.setting("abc ").await.expect("answered");
+    assert_eq!(spaced.as_deref(), Some("abc "));
+
+    registry.delete_client(&id("abc")).await.expect("deleted");
+    for table in ["clients", "client_access_tokens"] {
+        let count = sqlx::AssertSqlSafe(format!("SELECT COUNT(*) FROM {table}"));
+        let left: i64 = sqlx::query_scalar(count)
+            .fetch_one(&database.raw)
+            .await
+            .expect("a number");
+        assert_eq!(left, 4, "{table}");
+    }
+}
+
+async fn many_nodes_come_and_go_at_once_and_no_row_is_lost(database: Database) {
+    let clients = ["a", "b", "c", "d"];
+    for client in clients {
+        let node = database.node();
+        node.create_client(&id(client), NewAuth::Token).await.expect("created");
+    }
+    let nodes: Vec<_> = (0..6).map(|_| database.node()).collect();
+    let mut kept = BTreeSet::new();
+    let gone_through = join_all(nodes.iter().map(|node| keep_some(node, &clients))).await;
+    // Whoever was taken for dead at the very end notices it at the next heartbeat.
+    for (node, (mut watch, now, tunnels)) in nodes.iter().zip(gone_through) {
+        turn(node, &mut watch, now + Duration::from_secs(5)).await;
+        kept.extend(tunnels);
+    }
+
+    let mut stored = BTreeSet::new();
+    for client in clients {
+        stored.extend(database.tunnels(client).await);
+        let client = database
+            .store
+            .client(&id(client))
+            .await
+            .expect("answered")
+            .expect("known");
+        assert!(client.last_seen_at_ms.is_some());
+    }
+    assert!(stored == kept, "{} stored, {} held", stored.len(), kept.len());
+}
+
+/// A node that opens tunnels and closes half of them. Its clock runs ahead, so that others may be taken for dead.
+async fn keep_some(node: &Registry, clients: &[&str]) -> (Watch, Instant, Vec<TunnelId>) {
+    let (mut watch, mut now) = (Watch::default(), Instant::now());
+    let mut kept = Vec::new();
+    for _ in 0..8 {
+        for client in clients {
+            let (keep, close) = (tunnel(client), tunnel(client));
+            kept.push(keep.tunnel_ws_id);
+            node.record(keep);
+            node.record(close.clone());
+            turn(node, &mut watch, now).await;
+            node.forget(close.tunnel_ws_id);
+        }
+        now += Duration::from_secs(5);
+        turn(node, &mut watch, now).await;
+    }
+    (watch, now, kept)
+}
+
+/// A turn, again until the database has taken it, as the node itself does it: SQLite's writers may be too many for it.
+async fn turn(node: &Registry, watch: &mut Watch, now: Instant) {
+    let written = async { while node.turn(watch, now).await.is_err() {} };
+    tokio::time::timeout(PATIENCE, written).await.expect("written");
+}
+
+/// A database of a server of its own, and a node that holds a tunnel which is recorded.
+async fn on(server: &MariaDb) -> (Database, Arc<Registry>, Watch, ConnectionRow) {
+    let database = Database::open(server.database().await, None).await;
+    let (node, mut watch, held) = (database.node(), Watch::default(), tunnel("home"));
+    node.record(held.clone());
+    node.turn(&mut watch, Instant::now()).await.expect("written");
+    (database, node, watch, held)
+}
+
+#[tokio::test]
+async fn tunnels_that_open_while_mysql_is_killed_and_restarted_are_recorded() {
+    let mut server = MariaDb::start();
+    let (database, node, mut watch, first) = on(&server).await;
+    let (before, during, after) = (tunnel("home"), tunnel("home"), tunnel("home"));
+    node.record(before.clone());
+    server.kill();
+    node.turn(&mut watch, Instant::now()).await.expect_err("away");
+    node.record(during.clone());
+    node.forget(first.tunnel_ws_id);
+    node.turn(&mut watch, Instant::now()).await.expect_err("still away");
+
+    server.restart();
+    node.record(after.clone());
+    turn(&node, &mut watch, Instant::now()).await;
+    let held = [before, during, after].map(|row| row.tunnel_ws_id);
+    assert_eq!(
+        BTreeSet::from_iter(database.tunnels("home").await),
+        BTreeSet::from(held)
+    );
+}
+
+#[tokio::test]
+async fn a_mysql_that_says_nothing_is_an_error_and_not_a_wait() {
+    let server = MariaDb::start();
+    let (database, node, mut watch, held) = on(&server).await;
+    let impatient = database.store.clone().with_patience(SHORT);
+    server.stop_process();
+    for _ in 0..10 {
+        let answer = impatient.client(&id("home")).await;
+        assert!(matches!(answer, Err(StoreError::Slow)), "{answer:?}");
+    }
+    let next = tunnel("home");
+    let written = impatient.write_connections(node.node_id(), std::slice::from_ref(&next), &[], &[]);
+    assert!(matches!(written.await, Err(StoreError::Slow)));
+
+    server.continue_process();
+    node.record(next.clone());
+    turn(&node, &mut watch, Instant::now()).await;
+    let held = [held, next].map(|row| row.tunnel_ws_id);
+    assert_eq!(
+        BTreeSet::from_iter(database.tunnels("home").await),
+        BTreeSet::from(held)
+    );
+}
+
+#[tokio::test]
+async fn a_mysql_without_a_free_connection_is_an_error_and_tunnels_are_recorded_later() {
+    let server = MariaDb::start();
+    let (database, node, mut watch, first) = on(&server).await;
+    server.run("SET GLOBAL max_connections = 10".to_owned()).await;
+    database.store.close().await;
+    database.raw.close().await;
+    let url = server.url("");
+    let mut hogs = Vec::new();
+    // Ten, and one that MySQL reserves for its administrator.
+    while let Ok(hog) = MySqlConnection::connect(&url).await {
+        hogs.push(hog);
+    }
+    Store::open(&database.url).await.expect_err("no connection is left");
+    let next = tunnel("home");
+    node.record(next.clone());
+    node.turn(&mut watch, Instant::now()).await.expect_err("closed");
+
+    drop(hogs);
+    let database = Database::open(database.url.clone(), None).await;
+    assert_eq!(database.tunnels("home").await, [first.tunnel_ws_id]);
+}
+
+#[tokio::test]
+async fn what_mysql_rolls_back_in_favour_of_another_is_done_again() {
+    let server = MariaDb::start();
+    let (database, node, ..) = on(&server).await;
+    for client in ["a", "b"] {
+        node.create_client(&id(client), NewAuth::Token).await.expect("created");
+    }
+    let lock = |client: &str| {
+        let update = format!("UPDATE clients SET auth = 'public' WHERE client_id = '{client}'");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(update))
+    };
+    // The other has changed more, so it is not the one that MySQL gives up.
+    let mut other = database.raw.begin().await.expect("begun");
+    for name in 0..100 {
+        let insert = format!("INSERT INTO settings (name, value) VALUES ('{name}', '')");
+        let insert = sqlx::raw_sql(sqlx::AssertSqlSafe(insert));
+        insert.execute(&mut *other).await.expect("inserted");
+    }
+    lock("b").execute(&mut *other).await.expect("locked");
+
+    let store = database.store.clone();
+    let (row, node_id) = (tunnel("a"), node.node_id());
+    let written = row.clone();
+    let writing = tokio::spawn(async move {
+        let seen = [(id("a"), 5), (id("b"), 5)];
+        store.write_connections(node_id, &[row], &[], &seen).await
+    });
+    waits_for_a_lock(&database).await;
+    lock("a").execute(&mut *other).await.expect("the other gives way");
+    other.commit().await.expect("committed");
+
+    writing.await.expect("no panic").expect("written");
+    assert_eq!(database.tunnels("a").await, [written.tunnel_ws_id]);
+    for client in ["a", "b"] {
+        let client = database
+            .store
+            .client(&id(client))
+            .await
+            .expect("answered")
+            .expect("known");
+        assert_eq!(client.last_seen_at_ms, Some(5));
+    }
+}
+
+async fn waits_for_a_lock(database: &Database) {
+    let waits = "SELECT variable_value FROM information_schema.global_status \
+                 WHERE variable_name = 'innodb_row_lock_current_waits'";
+    let look = async || {
+        let waits: String = sqlx::query_scalar(waits)
+            .fetch_one(&database.raw)
+            .await
+            .expect("a number");
+        waits != "0"
+    };
+    let found = async { while !look().await {} };
+    tokio::time::timeout(PATIENCE, found).await.expect("it waits");
+}
+
+#[tokio::test]
+async fn a_migration_that_died_midway_in_mysql_is_done_again() {
+    let database = Database::mysql().await;
+    database.run("DROP TABLE settings".to_owned()).await;
+    database
+        .run("UPDATE _sqlx_migrations SET success = FALSE".to_owned())
+        .await;
+    let store = Store::open(&database.url).await.expect("opened");
+    store
+        .insert_setting("greeting", "hello")
+        .await
+        .expect("its table is there");
+}
+
+#[tokio::test]
+async fn a_wrong_password_for_mysql_is_said_and_not_repeated() {
+    let server = MariaDb::shared();
+    let url = server.url("mysql").replace("root@", "adit:hunter2@");
+    let error = Store::open(&url).await.expect_err("refused");
+    let text = format!("{error} {error:?}");
+    assert!(text.contains("Access denied") && !text.contains("hunter2"), "{text}");
+}
+
+#[tokio::test]
+async fn mysql_is_reached_by_tls_and_its_certificate_is_looked_at() {
+    let (dir, server) = with_tls();
+    let url = server.database().await;
+    let (own, other) = (dir.path().join("cert.pem"), dir.path().join("other.pem"));
+    let verify = |ca: &std::path::Path| format!("{url}?ssl-mode=VERIFY_CA&ssl-ca={}", ca.display());
+    for url in [format!("{url}?ssl-mode=REQUIRED"), verify(&own)] {
+        let store = Store::open(&url).await.expect("opened");
+        store.setting("greeting").await.expect("answered");
+    }
+    Store::open(&verify(&other)).await.expect_err("another's certificate");
+    let plain = MariaDb::shared().database().await;
+    Store::open(&format!("{plain}?ssl-mode=REQUIRED"))
+        .await
+        .expect_err("without TLS");
+}
+
+/// A server with a certificate, which is in `cert.pem`; `other.pem` is one that it does not have.
+fn with_tls() -> (TempDir, MariaDb) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let certified = || rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let (own, other) = (certified(), certified());
+    let write = |name: &str, text: String| {
+        let file = dir.path().join(name);
+        std::fs::write(&file, text).expect("written");
+        file.display().to_string()
+    };
+    let cert = write("cert.pem", pem("CERTIFICATE", own.cert.der()));
+    let key = write("key.pem", pem("PRIVATE KEY", &own.signing_key.serialize_der()));
+    write("other.pem", pem("CERTIFICATE", other.cert.der()));
+    let server = MariaDb::with(&[&format!("--ssl-cert={cert}"), &format!("--ssl-key={key}")]);
+    (dir, server)
+}
+
+/// RFC 7468, with one long line, which everybody reads.
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    format!("-----BEGIN {label}-----\n{text}\n-----END {label}-----\n")
+}
+
+/// Makes of each story one test with SQLite and one with MySQL.
+macro_rules! with_both {
+    ($($story:ident,)*) => {
+        mod sqlite {$(
+            #[tokio::test]
+            async fn $story() {
+                super::$story(super::Database::sqlite().await).await;
+            }
+        )*}
+        mod mysql {$(
+            #[tokio::test]
+            async fn $story() {
+                super::$story(super::Database::mysql().await).await;
+            }
+        )*}
+    };
+}
+
+with_both! {
+    an_access_token_works_until_it_is_revoked_and_not_a_moment_longer,
+    a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials,
+    whatever_is_wrong_with_a_token_the_answer_is_the_same,
+    an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works,
+    a_client_asks_its_downstreams_for_what_its_operator_chose,
+    a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it,
+    a_dead_node_loses_its_tunnels_and_nobody_else_does,
+    a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again,
+    while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later,
+    a_revoked_token_stays_revoked_when_the_database_goes_away,
+    a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it,
+    nothing_that_is_stored_or_printed_holds_a_secret,
+    nodes_that_start_at_once_bring_the_database_to_their_version_together,
+    a_database_that_a_newer_version_has_changed_still_serves_this_one,
+    names_that_are_nearly_the_same_are_not,
+    many_nodes_come_and_go_at_once_and_no_row_is_lost,
 }

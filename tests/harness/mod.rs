@@ -6,6 +6,7 @@ pub mod by_hand;
 pub mod home;
 pub mod proxy;
 pub mod raw;
+pub mod servers;
 pub mod tunnel;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
