@@ -76,6 +76,8 @@ impl Server {
 
     /// `false`: the port is another's.
     fn run(&mut self) -> bool {
+        // What the run before has said is not about this one.
+        let _ = fs::remove_file(self.dir.path().join("log"));
         let mut keeper = Command::new("sh")
             .args(["-c", KEEPER, "sh"])
             .args(&self.command)
