@@ -20,7 +20,7 @@ pub struct MigrateArgs {
     /// The relay's file, which may name the database [default: none]
     #[arg(long, env = "ADIT_CONFIG", value_name = "FILE", value_parser = parsed::<PathBuf>)]
     config: Option<Given<PathBuf>>,
-    /// The registry's database: sqlite:FILE or mysql://user:password@host:3306/adit [default: sqlite:adit.db]
+    /// The registry: sqlite:FILE or mysql://user:password@host/adit [default: sqlite:adit.db]
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, value_parser = parsed::<Secret>)]
     database_url: Option<Given<Secret>>,
 }

@@ -30,7 +30,7 @@ pub struct ServeArgs {
     /// Where /healthz, /readyz and /metrics are served [default: 127.0.0.1:9090]
     #[arg(long, env = "ADIT_ADMIN_LISTEN", value_name = "ADDRESS:PORT", value_parser = given(values::address))]
     admin_listen: Option<Given<SocketAddr>>,
-    /// The registry's database: sqlite:FILE or mysql://user:password@host:3306/adit [default: sqlite:adit.db]
+    /// The registry: sqlite:FILE or mysql://user:password@host/adit [default: sqlite:adit.db]
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, value_parser = parsed::<Secret>)]
     database_url: Option<Given<Secret>>,
     /// Clients are reached as {client_id}.DOMAIN [default: only by header or query]

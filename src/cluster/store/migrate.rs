@@ -117,3 +117,51 @@ async fn forget_half_done(connection: &mut AnyConnection) -> Result<(), MigrateE
         .await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{NodeId, TunnelId};
+
+    #[tokio::test]
+    async fn a_tunnel_that_the_version_before_writes_meanwhile_is_read_as_its_generation_zero() {
+        let store = Store::open("sqlite::memory:").await.expect("a store");
+        let (tunnel, node) = (TunnelId::new(), NodeId::new());
+        let statements = [
+            format!("INSERT INTO nodes VALUES ('{node}', '', '', 1, 1, 0)"),
+            format!(
+                "INSERT INTO connections (tunnel_ws_id, client_id, node_id, dialect, instance_id, slot, token_id, \
+                 agent_version, remote_addr, connected_at) VALUES ('{tunnel}', 'home', '{node}', 'adit', NULL, 1, NULL, \
+                 NULL, '', 1)"
+            ),
+        ];
+        for statement in statements {
+            let old = || sqlx::query(sqlx::AssertSqlSafe(statement.clone()));
+            store.execute(old).await.expect("as the version before writes it");
+        }
+        let holders = store.holders(&"home".parse().expect("an id")).await.expect("holders");
+        let found: Vec<_> = holders
+            .iter()
+            .map(|held| (held.tunnel.tunnel_ws_id, held.tunnel.generation))
+            .collect();
+        assert_eq!(found, [(tunnel, 0)]);
+    }
+
+    #[tokio::test]
+    async fn a_file_of_the_first_version_is_brought_to_this_one_with_what_is_in_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let url = format!("sqlite:{}?mode=rwc", dir.path().join("adit.db").display());
+        sqlx::any::install_default_drivers();
+        let old = AnyPool::connect(&url).await.expect("a file");
+        Dialect::Sqlite.migrator().run_to(1, &old).await.expect("as it was");
+        sqlx::query("INSERT INTO settings (name, value) VALUES ('greeting', 'hello')")
+            .execute(&old)
+            .await
+            .expect("written");
+
+        let store = Store::open(&url).await.expect("opened");
+        assert_eq!(store.setting("greeting").await.expect("read").as_deref(), Some("hello"));
+        let version = store.schema_version().await.expect("a version");
+        assert_eq!(version.found, version.known);
+    }
+}
