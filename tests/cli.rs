@@ -382,3 +382,33 @@ async fn a_canary_is_nowhere_but_at_the_upstream() {
         }
     }
 }
+
+#[test]
+fn the_database_is_brought_to_this_version_before_a_roll_out() {
+    let place = tempfile::tempdir().expect("a directory");
+    for _ in 0..2 {
+        let migrated = adit(place.path(), &["migrate", "--database-url", "sqlite:new.db"])
+            .output()
+            .expect("the binary runs");
+        let said = String::from_utf8_lossy(&migrated.stdout);
+        assert!(migrated.status.success(), "{migrated:?}");
+        assert_eq!(said, "the database is at version 2, as this adit needs it\n");
+    }
+    assert!(place.path().join("new.db").is_file());
+}
+
+#[test]
+fn a_database_that_cannot_be_migrated_is_said_without_its_password() {
+    let place = tempfile::tempdir().expect("a directory");
+    for (url, why) in [
+        ("mysql://adit:hunter2@127.0.0.1:9/adit", "refused"),
+        ("mysql://adit:hunter2@127.0.0.1:9/", "names no database"),
+        ("postgres://adit:hunter2@127.0.0.1/adit", "`database_url`"),
+    ] {
+        let mut migrate = adit(place.path(), &["migrate"]);
+        let migrated = migrate.env("DATABASE_URL", url).output().expect("the binary runs");
+        let said = format!("{migrated:?}");
+        assert!(!migrated.status.success(), "{said}");
+        assert!(said.contains(why) && !said.contains("hunter2"), "{said}");
+    }
+}

@@ -8,6 +8,7 @@ mod client;
 mod demo;
 mod healthcheck;
 mod http;
+mod migrate;
 mod sample;
 mod serve;
 mod token;
@@ -24,10 +25,12 @@ pub use agent::{AgentArgs, LinkArgs};
 pub use demo::DemoArgs;
 pub use healthcheck::HealthcheckArgs;
 pub use http::HttpArgs;
+pub use migrate::MigrateArgs;
 pub use serve::ServeArgs;
 
 use crate::{
     config::{AgentConfig, ConfigError, LogConfig, RelayConfig, UpstreamUrl},
+    secret::Secret,
     shutdown,
     telemetry::LogFormat,
 };
@@ -54,6 +57,7 @@ enum Command {
     Demo(DemoArgs),
     Client(client::ClientCommand),
     Token(token::TokenCommand),
+    Migrate(MigrateArgs),
     Healthcheck(HealthcheckArgs),
 }
 
@@ -97,6 +101,8 @@ pub enum Plan {
     Client(client::ClientCommand),
     /// `adit token`.
     Token(token::TokenCommand),
+    /// `adit migrate`: of this database.
+    Migrate(Secret),
     /// `adit healthcheck`: the admin listener to ask, and for what path.
     Healthcheck(SocketAddr, &'static str),
 }
@@ -125,6 +131,7 @@ impl Cli {
             }
             Command::Client(command) => Plan::Client(command),
             Command::Token(command) => Plan::Token(command),
+            Command::Migrate(args) => Plan::Migrate(args.database_url()?),
             Command::Healthcheck(args) => Plan::Healthcheck(args.address()?, args.path()),
         };
         self.log.over(&mut log);
@@ -142,6 +149,7 @@ impl Plan {
             Self::Demo(config, to) => demo::run(*config, to, shutdown::signals()?).await,
             Self::Client(command) => command.run().await,
             Self::Token(command) => command.run().await,
+            Self::Migrate(database_url) => migrate::run(database_url).await,
             Self::Healthcheck(address, path) => healthcheck::run(address, path).await,
         }
     }

@@ -17,7 +17,7 @@ use crate::{
 
 /// Run a relay: the side that the internet and the agents connect to
 ///
-/// Complete on its own, with a SQLite file beside it. Every setting that has no flag here can be set in the file;
+/// Complete on its own, with a SQLite file beside it; or with a MySQL database that may be elsewhere. Every setting that has no flag here can be set in the file;
 /// config.default.toml in the source documents them all. SIGTERM or Ctrl-C lets exchanges finish, a second one does not.
 #[derive(Debug, Default, Args)]
 pub struct ServeArgs {
@@ -30,7 +30,7 @@ pub struct ServeArgs {
     /// Where /healthz, /readyz and /metrics are served [default: 127.0.0.1:9090]
     #[arg(long, env = "ADIT_ADMIN_LISTEN", value_name = "ADDRESS:PORT", value_parser = given(values::address))]
     admin_listen: Option<Given<SocketAddr>>,
-    /// The registry's database [default: sqlite:adit.db]
+    /// The registry: sqlite:FILE or mysql://user:password@host/adit [default: sqlite:adit.db]
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, value_parser = parsed::<Secret>)]
     database_url: Option<Given<Secret>>,
     /// The bus between nodes, like redis://HOST:PORT [default: none, this node is alone]

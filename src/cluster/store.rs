@@ -1,42 +1,39 @@
 //! The registry's tables: the only SQL of the relay. Small methods, plain structs, no opinions.
 //!
-//! SQLite today. Statements are kept to what MySQL also understands (`?`, no RETURNING); what differs between the two
-//! is in [`dialect`].
+//! SQLite for one node, MySQL (or MariaDB) for many, through sqlx's `Any`: every statement is written once, in what both
+//! understand (`?`, no RETURNING); the few that differ are in [`dialect`]. How a database is opened is in [`open`], how it
+//! is brought to this version in [`migrate`], and what a statement may take of time and tries in [`session`].
 
 mod clients;
 mod connections;
 mod dialect;
+mod migrate;
 mod nodes;
+mod open;
+mod row;
+mod session;
 mod settings;
 mod tokens;
 
-use std::{str::FromStr, time::Duration};
+use std::time::Duration;
 
-use sqlx::{
-    Row, Sqlite, Transaction,
-    migrate::MigrateError,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
-};
+use sqlx::{AnyPool, migrate::MigrateError};
 
 pub use clients::{Client, ClientSummary, DownstreamAuth, TokenRecord};
 pub use connections::{ConnectionRow, Holder};
+pub use migrate::SchemaVersion;
 pub use nodes::NodeRow;
 pub use tokens::TokenRow;
 
-/// How long a statement waits for another one's write lock.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a caller waits for a connection; with [`BUSY_TIMEOUT`] it bounds what any one statement can take.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
-/// SQLite has one writer at a time; the others are for readers, who do not wait for it (WAL).
-const FILE_CONNECTIONS: u32 = 4;
+use dialect::Dialect;
 
 /// Why the store did not do it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The URL is of no database that this build speaks to. Never contains the URL: it may hold a password.
     #[error("{0}")]
-    Url(String),
-    /// The database is of a newer version, or its migration failed.
+    Url(&'static str),
+    /// A migration failed.
     #[error("the database could not be brought to this version: {0}")]
     Migrate(#[from] MigrateError),
     /// A row of this key is there already.
@@ -55,9 +52,11 @@ pub enum StoreError {
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
-        match error.as_database_error() {
-            Some(database) if database.is_unique_violation() => StoreError::Exists,
-            _ => StoreError::Database(error),
+        match error {
+            // Also what a refused port is, while the pool tries again.
+            sqlx::Error::PoolTimedOut => StoreError::Slow,
+            sqlx::Error::Database(database) if database.is_unique_violation() => StoreError::Exists,
+            error => StoreError::Database(error),
         }
     }
 }
@@ -65,91 +64,35 @@ impl From<sqlx::Error> for StoreError {
 /// The registry's database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
-    pool: SqlitePool,
+    pool: AnyPool,
+    dialect: Dialect,
+    /// What any one statement may take.
+    patience: Duration,
 }
 
 impl Store {
     /// Opens the database (and makes it, if it is a new SQLite file), and brings its tables to this version.
     pub async fn open(database_url: &str) -> Result<Store, StoreError> {
-        let (options, pool) = sqlite_options(database_url)?;
-        let pool = pool.acquire_timeout(ACQUIRE_TIMEOUT).connect_with(options).await?;
-        sqlx::migrate!("./migrations/sqlite").run(&pool).await?;
-        Ok(Store { pool })
+        let (dialect, pool) = open::pool(database_url).await?;
+        let store = Store {
+            pool,
+            dialect,
+            patience: session::PATIENCE,
+        };
+        store.migrate().await?;
+        Ok(store)
+    }
+
+    /// The same database, given up on after another time than five seconds a statement.
+    pub fn with_patience(self, patience: Duration) -> Store {
+        Store { patience, ..self }
     }
 
     /// Waits for what is under way and closes the database; everything after this fails.
     pub async fn close(&self) {
-        self.pool.close().await;
+        // What a dead database still owes an answer for is left behind.
+        let _ = tokio::time::timeout(session::PATIENCE, self.pool.close()).await;
     }
-
-    async fn begin(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        Ok(self.pool.begin().await?)
-    }
-}
-
-fn sqlite_options(url: &str) -> Result<(SqliteConnectOptions, SqlitePoolOptions), StoreError> {
-    let scheme = url.split_once(':').map_or("", |(scheme, _)| scheme);
-    match scheme {
-        "sqlite" => {}
-        "mysql" | "mariadb" => {
-            return Err(StoreError::Url(
-                "MySQL comes with the cluster and is not in this build: use `sqlite:adit.db`".into(),
-            ));
-        }
-        _ => {
-            return Err(StoreError::Url(
-                "a database URL is `sqlite:<path>` or `sqlite::memory:`".into(),
-            ));
-        }
-    }
-    let options = SqliteConnectOptions::from_str(url)
-        .map_err(|_| {
-            StoreError::Url("this is not a SQLite URL: write `sqlite:<path>`, with `?` only before options".into())
-        })?
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Normal)
-        .busy_timeout(BUSY_TIMEOUT);
-    let in_memory = url.contains(":memory:") || url.contains("mode=memory");
-    let pool = if in_memory {
-        // The database lives as long as its one connection does.
-        SqlitePoolOptions::new()
-            .min_connections(1)
-            .max_connections(1)
-            .idle_timeout(None)
-            .max_lifetime(None)
-    } else {
-        SqlitePoolOptions::new().max_connections(FILE_CONNECTIONS)
-    };
-    Ok((options, pool))
-}
-
-/// A text column that must parse; what does not is an error that names the column, never a panic.
-fn parsed<T>(row: &SqliteRow, column: &str) -> Result<T, sqlx::Error>
-where
-    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
-{
-    parse(row.try_get(column)?, column)
-}
-
-/// Like [`parsed`], for a column that may be NULL.
-fn parsed_opt<T>(row: &SqliteRow, column: &str) -> Result<Option<T>, sqlx::Error>
-where
-    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
-{
-    row.try_get::<Option<&str>, _>(column)?
-        .map(|text| parse(text, column))
-        .transpose()
-}
-
-fn parse<T>(text: &str, column: &str) -> Result<T, sqlx::Error>
-where
-    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
-{
-    text.parse().map_err(|error: T::Err| sqlx::Error::ColumnDecode {
-        index: column.into(),
-        source: Box::new(error),
-    })
 }
 
 #[cfg(test)]
@@ -159,7 +102,9 @@ mod tests {
     #[tokio::test]
     async fn a_url_that_is_not_ours_is_refused_without_repeating_it() {
         for url in [
-            "mysql://adit:hunter2@db/adit",
+            "mysql://adit:hunter2@db",
+            "mysql://adit:hunter2@db/adit?ssl-mod=REQUIRED",
+            "mysql://adit:hunter2@db:port/adit",
             "postgres://adit:hunter2@db/adit",
             "hunter2",
             "",
@@ -171,6 +116,16 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn a_database_that_refuses_says_so_at_once_without_repeating_the_password() {
+        // Port 9 (discard) is in nobody's ephemeral range, and nothing listens there.
+        let error = Store::open("mysql://adit:hunter2@127.0.0.1:9/adit")
+            .await
+            .expect_err("nobody listens");
+        let text = format!("{error} {error:?}");
+        assert!(text.contains("refused") && !text.contains("hunter2"), "{text}");
     }
 
     #[tokio::test]

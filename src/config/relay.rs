@@ -165,10 +165,13 @@ impl RelayConfig {
             "admin_listen",
             "is the same as `listen`: give it an address or a port of its own",
         )?;
+        let url = self.database_url.expose();
         check(
-            self.database_url.expose().starts_with("sqlite:"),
+            ["sqlite:", "mysql://", "mariadb://"]
+                .iter()
+                .any(|scheme| url.starts_with(scheme)),
             "database_url",
-            "is not a database served here: write `sqlite:FILE`",
+            "is not a database served here: write `sqlite:FILE` or `mysql://user:password@host:3306/database`",
         )?;
         if let Some(Err(error)) = self.redis_url.as_ref().map(Bus::redis) {
             return check(false, "redis_url", &error.to_string());
@@ -345,6 +348,19 @@ mod tests {
     }
 
     #[test]
+    fn the_registry_may_be_sqlite_or_mysql() {
+        for url in [
+            "sqlite:adit.db",
+            "sqlite::memory:",
+            "mysql://u:p@db:3306/adit",
+            "mariadb://db/adit",
+        ] {
+            let config = parse(&format!("database_url = \"{url}\"")).expect(url);
+            assert_eq!(config.database_url.expose(), url);
+        }
+    }
+
+    #[test]
     fn an_unknown_key_is_refused_by_name() {
         assert!(refusal("lisen = \"0.0.0.0:80\"").contains("`lisen`"));
         let text = refusal("[http]\nmax_heders = 1");
@@ -362,6 +378,7 @@ mod tests {
             ("listen = \"127.0.0.1:9090\"", "`admin_listen`"),
             ("database_url = \"postgres://x\"", "`database_url`"),
             ("redis_url = \"http://x\"", "`redis_url`"),
+            ("database_url = \"mysql:x\"", "`database_url`"),
             ("domain = \"https://x.org\"", "`domain`"),
             ("public_url = \"tunnel.example.org\"", "`public_url`"),
             ("trusted_proxies = [\"10/8\"]", "`trusted_proxies`"),

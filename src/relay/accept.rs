@@ -193,6 +193,7 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello, remote: IpAddr) {
         dialect: "adit".into(),
         instance_id: Some(*instance_id),
         slot: Some(tunnel.slot),
+        generation: i64::try_from(tunnel.generation).unwrap_or(i64::MAX),
         token_id: Some(tunnel.token_id),
         agent_version: Some(hello.version.chars().take(64).collect()),
         remote_addr: remote.to_string(),

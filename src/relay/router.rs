@@ -102,7 +102,7 @@ fn card(holder: &Holder) -> Option<Card> {
         client_id: row.client_id.clone(),
         instance_id: row.instance_id?,
         slot: row.slot?,
-        generation: 0,
+        generation: u64::try_from(row.generation).ok()?,
         token_id: row.token_id?,
     })
 }

@@ -6,6 +6,7 @@ pub mod by_hand;
 pub mod home;
 pub mod proxy;
 pub mod raw;
+pub mod servers;
 pub mod tunnel;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -26,6 +27,7 @@ use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use servers::{MariaDb, Redis};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -97,6 +99,8 @@ pub struct TestRelay {
     pub registry: Arc<Registry>,
     pub shutdown: Shutdown,
     task: AbortOnDropHandle<()>,
+    /// The server between the nodes, if there is one.
+    pub redis: Option<Redis>,
     _dir: Option<tempfile::TempDir>,
 }
 
@@ -115,7 +119,14 @@ impl TestRelay {
         let mut relay = match Nodes::of_this_run() {
             Nodes::One => Self::run(config, "127.0.0.1:0").await,
             Nodes::Embedded => Self::two(config, &Hub::shared()).await,
-            Nodes::Servers => Self::two(config, &Hub::new()).await,
+            Nodes::Servers => {
+                let redis = Redis::start();
+                config.redis_url = Some(redis.url().parse().expect("a url"));
+                config.database_url = MariaDb::shared().database().await.parse().expect("a url");
+                let mut relay = Self::two(config, &Hub::new()).await;
+                relay.redis = Some(redis);
+                relay
+            }
         };
         relay._dir = Some(dir);
         relay
@@ -162,6 +173,7 @@ impl TestRelay {
             registry: ready.registry,
             shutdown,
             task: AbortOnDropHandle::new(task),
+            redis: None,
             _dir: None,
         }
     }

@@ -117,6 +117,7 @@ mod tests {
             dialect: "moosicbox".into(),
             instance_id: None,
             slot: None,
+            generation: 0,
             token_id: None,
             agent_version: None,
             remote_addr: String::new(),

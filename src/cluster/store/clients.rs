@@ -1,9 +1,13 @@
 //! `clients`: who may have tunnels, and what a downstream must show to use them.
 
 use serde::{Deserialize, Serialize};
-use sqlx::{Row, sqlite::SqliteRow};
+use sqlx::{Row, any::AnyRow};
 
-use super::{Store, StoreError, parsed};
+use super::{
+    Store, StoreError,
+    row::{parsed, parsed_opt, text, text_opt, unreadable},
+    session::retried,
+};
 use crate::{
     cluster::hash::{PasswordHash, TokenHash},
     ids::{ClientId, TokenId},
@@ -100,129 +104,123 @@ macro_rules! select_summary {
 impl Store {
     /// A client with its tokens.
     pub async fn client(&self, client_id: &ClientId) -> Result<Option<Client>, StoreError> {
-        let rows = sqlx::query(SELECT_CLIENT)
-            .bind(client_id.as_str())
-            .fetch_all(&self.pool)
-            .await?;
-        let Some(first) = rows.first() else { return Ok(None) };
-        Ok(Some(client(first, &rows)?))
+        let select = || sqlx::query(SELECT_CLIENT).bind(client_id.as_str());
+        let mut rows = self.fetch(select, client_and_token).await?.into_iter();
+        let Some((mut client, token)) = rows.next() else {
+            return Ok(None);
+        };
+        client.tokens.extend(token);
+        client.tokens.extend(rows.filter_map(|(_, token)| token));
+        Ok(Some(client))
     }
 
     /// A new client and its first token. [`StoreError::Exists`] if the name is taken.
     pub async fn insert_client(&self, row: &Client, label: Option<&str>, now: i64) -> Result<(), StoreError> {
+        retried(|| self.try_insert_client(row, label, now)).await
+    }
+
+    async fn try_insert_client(&self, row: &Client, label: Option<&str>, now: i64) -> Result<(), StoreError> {
         let (user, hash) = row.auth.basic();
         let mut transaction = self.begin().await?;
-        sqlx::query("INSERT INTO clients (client_id, auth, basic_user, basic_hash, created_at) VALUES (?, ?, ?, ?, ?)")
-            .bind(row.client_id.as_str())
-            .bind(row.auth.name())
-            .bind(user)
-            .bind(hash)
-            .bind(now)
-            .execute(&mut *transaction)
-            .await?;
+        let insert = sqlx::query(
+            "INSERT INTO clients (client_id, auth, basic_user, basic_hash, created_at) VALUES (?, ?, ?, ?, ?)",
+        )
+        .bind(row.client_id.as_str())
+        .bind(row.auth.name())
+        .bind(user)
+        .bind(hash)
+        .bind(now);
+        transaction.execute(insert).await?;
         for token in &row.tokens {
-            super::tokens::insert(token.token_id, &row.client_id, token.hash, label, now)
-                .execute(&mut *transaction)
-                .await?;
+            let insert = super::tokens::insert(token.token_id, &row.client_id, token.hash, label, now);
+            transaction.execute(insert).await?;
         }
-        transaction.commit().await?;
-        Ok(())
+        transaction.commit().await
     }
 
     /// Changes what a downstream must show. `false`: no such client.
     pub async fn update_auth(&self, client_id: &ClientId, auth: &DownstreamAuth) -> Result<bool, StoreError> {
         let (user, hash) = auth.basic();
-        let updated = sqlx::query("UPDATE clients SET auth = ?, basic_user = ?, basic_hash = ? WHERE client_id = ?")
-            .bind(auth.name())
-            .bind(user)
-            .bind(hash)
-            .bind(client_id.as_str())
-            .execute(&self.pool)
-            .await?;
-        Ok(updated.rows_affected() > 0)
+        let update = || {
+            sqlx::query("UPDATE clients SET auth = ?, basic_user = ?, basic_hash = ? WHERE client_id = ?")
+                .bind(auth.name())
+                .bind(user)
+                .bind(hash)
+                .bind(client_id.as_str())
+        };
+        Ok(self.execute(update).await? > 0)
     }
 
     /// Up to `limit` clients in the order of their names, from the first one after `after`.
     pub async fn clients(&self, after: &str, limit: u32) -> Result<Vec<ClientSummary>, StoreError> {
-        let clients = sqlx::query(select_summary!("WHERE c.client_id > ? ORDER BY c.client_id LIMIT ?"))
-            .bind(after)
-            .bind(i64::from(limit))
-            .try_map(|row| summary(&row))
-            .fetch_all(&self.pool)
-            .await?;
-        Ok(clients)
+        let select = || {
+            sqlx::query(select_summary!("WHERE c.client_id > ? ORDER BY c.client_id LIMIT ?"))
+                .bind(after)
+                .bind(i64::from(limit))
+        };
+        self.fetch(select, summary).await
     }
 
     /// One client as a list shows it.
     pub async fn client_summary(&self, client_id: &ClientId) -> Result<Option<ClientSummary>, StoreError> {
-        let client = sqlx::query(select_summary!("WHERE c.client_id = ?"))
-            .bind(client_id.as_str())
-            .try_map(|row| summary(&row))
-            .fetch_optional(&self.pool)
-            .await?;
-        Ok(client)
+        let select = || sqlx::query(select_summary!("WHERE c.client_id = ?")).bind(client_id.as_str());
+        Ok(self.fetch(select, summary).await?.pop())
     }
 
     /// Removes a client and every credential of its. `false`: no such client.
     pub async fn delete_client(&self, client_id: &ClientId) -> Result<bool, StoreError> {
+        retried(|| self.try_delete_client(client_id)).await
+    }
+
+    async fn try_delete_client(&self, client_id: &ClientId) -> Result<bool, StoreError> {
         let mut transaction = self.begin().await?;
-        let removed = sqlx::query("DELETE FROM clients WHERE client_id = ?")
-            .bind(client_id.as_str())
-            .execute(&mut *transaction)
-            .await?;
+        let delete = sqlx::query("DELETE FROM clients WHERE client_id = ?");
+        let removed = transaction.execute(delete.bind(client_id.as_str())).await?;
         for credentials in [
             "DELETE FROM client_access_tokens WHERE client_id = ?",
             "DELETE FROM signature_tokens WHERE client_id = ?",
             "DELETE FROM magic_tokens WHERE client_id = ?",
         ] {
-            sqlx::query(credentials)
-                .bind(client_id.as_str())
-                .execute(&mut *transaction)
-                .await?;
+            let delete = sqlx::query(credentials);
+            transaction.execute(delete.bind(client_id.as_str())).await?;
         }
         transaction.commit().await?;
-        Ok(removed.rows_affected() > 0)
+        Ok(removed > 0)
     }
 }
 
-fn client(first: &SqliteRow, rows: &[SqliteRow]) -> Result<Client, sqlx::Error> {
-    let mut tokens = Vec::with_capacity(rows.len());
-    for row in rows {
-        if let Some(token_id) = super::parsed_opt(row, "token_id")? {
-            tokens.push(TokenRecord {
-                token_id,
-                hash: parsed(row, "token_hash")?,
-            });
-        }
-    }
-    Ok(Client {
-        client_id: parsed(first, "client_id")?,
-        auth: auth(first)?,
-        tokens,
-        last_seen_at_ms: first.try_get("last_seen_at")?,
-    })
+/// A row of [`SELECT_CLIENT`]: the client, without tokens, and one of them.
+fn client_and_token(row: &AnyRow) -> Result<(Client, Option<TokenRecord>), sqlx::Error> {
+    let client = Client {
+        client_id: parsed(row, "client_id")?,
+        auth: auth(row)?,
+        tokens: Vec::new(),
+        last_seen_at_ms: row.try_get("last_seen_at")?,
+    };
+    let Some(token_id) = parsed_opt(row, "token_id")? else {
+        return Ok((client, None));
+    };
+    let hash = parsed(row, "token_hash")?;
+    Ok((client, Some(TokenRecord { token_id, hash })))
 }
 
-fn auth(row: &SqliteRow) -> Result<DownstreamAuth, sqlx::Error> {
-    match row.try_get("auth")? {
+fn auth(row: &AnyRow) -> Result<DownstreamAuth, sqlx::Error> {
+    match text(row, "auth")? {
         "token" => Ok(DownstreamAuth::Token),
         "public" => Ok(DownstreamAuth::Public),
         "basic" => Ok(DownstreamAuth::Basic {
-            user: row.try_get("basic_user")?,
-            hash: PasswordHash::stored(row.try_get("basic_hash")?),
+            user: text(row, "basic_user")?.to_owned(),
+            hash: PasswordHash::stored(text(row, "basic_hash")?.to_owned()),
         }),
-        other => Err(sqlx::Error::ColumnDecode {
-            index: "auth".into(),
-            source: format!("no such mode: {other}").into(),
-        }),
+        other => Err(unreadable("auth", format!("no such mode: {other}"))),
     }
 }
 
-fn summary(row: &SqliteRow) -> Result<ClientSummary, sqlx::Error> {
+fn summary(row: &AnyRow) -> Result<ClientSummary, sqlx::Error> {
     Ok(ClientSummary {
         client_id: parsed(row, "client_id")?,
-        auth: row.try_get("auth")?,
-        basic_user: row.try_get("basic_user")?,
+        auth: text(row, "auth")?.to_owned(),
+        basic_user: text_opt(row, "basic_user")?.map(str::to_owned),
         created_at: row.try_get("created_at")?,
         last_seen_at: row.try_get("last_seen_at")?,
         tunnels: row.try_get("tunnels")?,

@@ -1,8 +1,13 @@
 //! `connections`: one row a tunnel, written and removed by the node that holds it.
 
-use sqlx::{Row, sqlite::SqliteRow};
+use sqlx::{Any, QueryBuilder, Row, any::AnyRow};
 
-use super::{Store, StoreError, dialect, parsed, parsed_opt};
+use super::{
+    Store, StoreError,
+    dialect::Dialect,
+    row::{parsed, parsed_opt, text, text_opt},
+    session::{Transaction, retried},
+};
 use crate::ids::{ClientId, InstanceId, NodeId, TokenId, TunnelId};
 
 /// A tunnel, as its node records it. It never changes.
@@ -18,6 +23,8 @@ pub struct ConnectionRow {
     pub instance_id: Option<InstanceId>,
     /// Which of its instance's tunnels this is.
     pub slot: Option<u32>,
+    /// The agent's own count of its dials of this slot; the higher one of an instance's slot is the newer.
+    pub generation: i64,
     /// The token that opened it, so that revoking the token closes it.
     pub token_id: Option<TokenId>,
     /// What the agent says it is.
@@ -41,6 +48,8 @@ pub struct Holder {
 
 impl Store {
     /// Makes the rows `put` exist and the rows `remove` not, and notes when clients were last seen; all or nothing.
+    ///
+    /// Nodes do this at the same time, so each touches rows by their keys only and in the order of the keys.
     pub async fn write_connections(
         &self,
         node_id: NodeId,
@@ -48,80 +57,117 @@ impl Store {
         remove: &[TunnelId],
         seen: &[(ClientId, i64)],
     ) -> Result<(), StoreError> {
+        let (put, remove, seen) = (
+            sorted(put, |row| row.tunnel_ws_id),
+            sorted(remove, |tunnel| *tunnel),
+            sorted(seen, |(client, _)| client.clone()),
+        );
+        let node = node_id.to_string();
+        retried(|| self.try_write_connections(&node, &put, &remove, &seen)).await
+    }
+
+    async fn try_write_connections(
+        &self,
+        node: &str,
+        put: &[&ConnectionRow],
+        remove: &[&TunnelId],
+        seen: &[&(ClientId, i64)],
+    ) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
-        for row in put {
-            insert(node_id, row).execute(&mut *transaction).await?;
+        if !put.is_empty() {
+            let mut insert = insert(self.dialect, node, put);
+            transaction.execute(insert.build().persistent(false)).await?;
         }
         for tunnel in remove {
-            sqlx::query("DELETE FROM connections WHERE tunnel_ws_id = ?")
-                .bind(tunnel.to_string())
-                .execute(&mut *transaction)
-                .await?;
+            delete(&mut transaction, **tunnel).await?;
         }
         for (client, at) in seen {
-            sqlx::query("UPDATE clients SET last_seen_at = ? WHERE client_id = ? AND (last_seen_at IS NULL OR last_seen_at < ?)")
-                .bind(at)
-                .bind(client.as_str())
-                .bind(at)
-                .execute(&mut *transaction)
-                .await?;
+            see(&mut transaction, client, *at).await?;
         }
-        transaction.commit().await?;
-        Ok(())
+        transaction.commit().await
     }
 
     /// The tunnels that the store believes a node to hold.
     pub async fn tunnels_of_node(&self, node_id: NodeId) -> Result<Vec<TunnelId>, StoreError> {
-        let tunnels = sqlx::query("SELECT tunnel_ws_id FROM connections WHERE node_id = ?")
-            .bind(node_id.to_string())
-            .try_map(|row| parsed(&row, "tunnel_ws_id"))
-            .fetch_all(&self.pool)
-            .await?;
-        Ok(tunnels)
+        let select = || sqlx::query("SELECT tunnel_ws_id FROM connections WHERE node_id = ?").bind(node_id.to_string());
+        self.fetch(select, |row| parsed(row, "tunnel_ws_id")).await
     }
 
     /// Who holds a tunnel of this client, oldest first; only nodes that have a row count.
     pub async fn holders(&self, client_id: &ClientId) -> Result<Vec<Holder>, StoreError> {
-        let holders = sqlx::query(
-            "SELECT c.tunnel_ws_id, c.client_id, c.node_id, c.dialect, c.instance_id, c.slot, c.token_id, \
-             c.agent_version, c.remote_addr, c.connected_at, n.draining \
-             FROM connections c JOIN nodes n ON n.node_id = c.node_id \
-             WHERE c.client_id = ? ORDER BY c.connected_at, c.tunnel_ws_id",
-        )
-        .bind(client_id.as_str())
-        .try_map(|row| holder(&row))
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(holders)
+        let select = || {
+            sqlx::query(
+                "SELECT c.tunnel_ws_id, c.client_id, c.node_id, c.dialect, c.instance_id, c.slot, c.generation, \
+                 c.token_id, c.agent_version, c.remote_addr, c.connected_at, n.draining \
+                 FROM connections c JOIN nodes n ON n.node_id = c.node_id \
+                 WHERE c.client_id = ? ORDER BY c.connected_at, c.tunnel_ws_id",
+            )
+            .bind(client_id.as_str())
+        };
+        self.fetch(select, holder).await
     }
 }
 
-fn insert(node_id: NodeId, row: &ConnectionRow) -> sqlx::query::Query<'_, sqlx::Sqlite, sqlx::sqlite::SqliteArguments> {
-    sqlx::query(dialect::INSERT_CONNECTION_ONCE)
-        .bind(row.tunnel_ws_id.to_string())
-        .bind(row.client_id.as_str())
-        .bind(node_id.to_string())
-        .bind(&row.dialect)
-        .bind(row.instance_id.map(|id| id.to_string()))
-        .bind(row.slot.map(i64::from))
-        .bind(row.token_id.map(|id| id.to_string()))
-        .bind(&row.agent_version)
-        .bind(&row.remote_addr)
-        .bind(row.connected_at)
+fn sorted<T, K: Ord>(rows: &[T], key: impl Fn(&T) -> K) -> Vec<&T> {
+    let mut rows: Vec<&T> = rows.iter().collect();
+    rows.sort_by_key(|row| key(row));
+    rows
 }
 
-fn holder(row: &SqliteRow) -> Result<Holder, sqlx::Error> {
+/// All rows in one statement: one round trip.
+fn insert(dialect: Dialect, node: &str, rows: &[&ConnectionRow]) -> QueryBuilder<Any> {
+    let mut insert = QueryBuilder::new(
+        "INSERT INTO connections (tunnel_ws_id, client_id, node_id, dialect, instance_id, slot, generation, token_id, \
+         agent_version, remote_addr, connected_at) ",
+    );
+    insert.push_values(rows, |mut values, row| {
+        values
+            .push_bind(row.tunnel_ws_id.to_string())
+            .push_bind(row.client_id.as_str())
+            .push_bind(node)
+            .push_bind(row.dialect.as_str())
+            .push_bind(row.instance_id.map(|id| id.to_string()))
+            .push_bind(row.slot.map(i64::from))
+            .push_bind(row.generation)
+            .push_bind(row.token_id.map(|id| id.to_string()))
+            .push_bind(row.agent_version.as_deref())
+            .push_bind(row.remote_addr.as_str())
+            .push_bind(row.connected_at);
+    });
+    insert.push(dialect.unless_there());
+    insert
+}
+
+/// One by one: of many at once MySQL may make a scan of a small table, and lock the rows of other nodes.
+async fn delete(transaction: &mut Transaction, tunnel: TunnelId) -> Result<(), StoreError> {
+    let delete = sqlx::query("DELETE FROM connections WHERE tunnel_ws_id = ?");
+    transaction.execute(delete.bind(tunnel.to_string())).await?;
+    Ok(())
+}
+
+async fn see(transaction: &mut Transaction, client: &ClientId, at: i64) -> Result<(), StoreError> {
+    let update = sqlx::query(
+        "UPDATE clients SET last_seen_at = ? WHERE client_id = ? AND (last_seen_at IS NULL OR last_seen_at < ?)",
+    );
+    transaction
+        .execute(update.bind(at).bind(client.as_str()).bind(at))
+        .await?;
+    Ok(())
+}
+
+fn holder(row: &AnyRow) -> Result<Holder, sqlx::Error> {
     let slot: Option<i64> = row.try_get("slot")?;
     Ok(Holder {
         tunnel: ConnectionRow {
             tunnel_ws_id: parsed(row, "tunnel_ws_id")?,
             client_id: parsed(row, "client_id")?,
-            dialect: row.try_get("dialect")?,
+            dialect: text(row, "dialect")?.to_owned(),
             instance_id: parsed_opt(row, "instance_id")?,
             slot: slot.and_then(|slot| u32::try_from(slot).ok()),
+            generation: row.try_get("generation")?,
             token_id: parsed_opt(row, "token_id")?,
-            agent_version: row.try_get("agent_version")?,
-            remote_addr: row.try_get("remote_addr")?,
+            agent_version: text_opt(row, "agent_version")?.map(str::to_owned),
+            remote_addr: text(row, "remote_addr")?.to_owned(),
             connected_at: row.try_get("connected_at")?,
         },
         node_id: parsed(row, "node_id")?,

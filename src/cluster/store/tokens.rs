@@ -1,9 +1,13 @@
 //! `client_access_tokens` and `signature_tokens`: hashes only, the secrets are never stored.
 
 use serde::{Deserialize, Serialize};
-use sqlx::{Row, Sqlite, query::Query, sqlite::SqliteArguments};
+use sqlx::{Row, any::AnyRow};
 
-use super::{Store, StoreError, parsed};
+use super::{
+    Store, StoreError,
+    row::{parsed, text_opt},
+    session::Statement,
+};
 use crate::{
     cluster::hash::TokenHash,
     ids::{ClientId, TokenId},
@@ -26,7 +30,7 @@ pub(super) fn insert<'q>(
     hash: TokenHash,
     label: Option<&'q str>,
     now: i64,
-) -> Query<'q, Sqlite, SqliteArguments> {
+) -> Statement<'q> {
     // Not of a client that was deleted meanwhile: its tokens would outlive it.
     sqlx::query(
         "INSERT INTO client_access_tokens (token_id, client_id, token_hash, label, created_at) \
@@ -49,38 +53,30 @@ impl Store {
         label: Option<&str>,
         now: i64,
     ) -> Result<bool, StoreError> {
-        let inserted = insert(token_id, client_id, hash, label, now)
-            .execute(&self.pool)
-            .await?;
-        Ok(inserted.rows_affected() > 0)
+        let inserted = self.execute(|| insert(token_id, client_id, hash, label, now)).await?;
+        Ok(inserted > 0)
     }
 
     /// A client's access tokens, oldest first.
     pub async fn tokens(&self, client_id: &ClientId) -> Result<Vec<TokenRow>, StoreError> {
-        let tokens = sqlx::query(
-            "SELECT token_id, label, created_at FROM client_access_tokens WHERE client_id = ? ORDER BY created_at, token_id",
-        )
-        .bind(client_id.as_str())
-        .try_map(|row| {
-            Ok(TokenRow {
-                token_id: parsed(&row, "token_id")?,
-                label: row.try_get("label")?,
-                created_at: row.try_get("created_at")?,
-            })
-        })
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(tokens)
+        let select = || {
+            sqlx::query(
+                "SELECT token_id, label, created_at FROM client_access_tokens WHERE client_id = ? \
+                 ORDER BY created_at, token_id",
+            )
+            .bind(client_id.as_str())
+        };
+        self.fetch(select, token).await
     }
 
     /// Revokes an access token. `false`: the client has no such token.
     pub async fn delete_token(&self, client_id: &ClientId, token_id: TokenId) -> Result<bool, StoreError> {
-        let removed = sqlx::query("DELETE FROM client_access_tokens WHERE token_id = ? AND client_id = ?")
-            .bind(token_id.to_string())
-            .bind(client_id.as_str())
-            .execute(&self.pool)
-            .await?;
-        Ok(removed.rows_affected() > 0)
+        let delete = || {
+            sqlx::query("DELETE FROM client_access_tokens WHERE token_id = ? AND client_id = ?")
+                .bind(token_id.to_string())
+                .bind(client_id.as_str())
+        };
+        Ok(self.execute(delete).await? > 0)
     }
 
     /// One more signature. `false`: no such client.
@@ -91,36 +87,40 @@ impl Store {
         now: i64,
         expires_at: i64,
     ) -> Result<bool, StoreError> {
-        let inserted = sqlx::query(
-            "INSERT INTO signature_tokens (client_id, token_hash, created_at, expires_at) \
-             SELECT client_id, ?, ?, ? FROM clients WHERE client_id = ?",
-        )
-        .bind(hash.to_hex())
-        .bind(now)
-        .bind(expires_at)
-        .bind(client_id.as_str())
-        .execute(&self.pool)
-        .await?;
-        Ok(inserted.rows_affected() > 0)
+        let insert = || {
+            sqlx::query(
+                "INSERT INTO signature_tokens (client_id, token_hash, created_at, expires_at) \
+                 SELECT client_id, ?, ?, ? FROM clients WHERE client_id = ?",
+            )
+            .bind(hash.to_hex())
+            .bind(now)
+            .bind(expires_at)
+            .bind(client_id.as_str())
+        };
+        Ok(self.execute(insert).await? > 0)
     }
 
     /// Until when a signature of this client is good; `None`: there is none such.
     pub async fn signature_expiry(&self, client_id: &ClientId, hash: TokenHash) -> Result<Option<i64>, StoreError> {
-        let expiry = sqlx::query("SELECT expires_at FROM signature_tokens WHERE client_id = ? AND token_hash = ?")
-            .bind(client_id.as_str())
-            .bind(hash.to_hex())
-            .try_map(|row| row.try_get("expires_at"))
-            .fetch_optional(&self.pool)
-            .await?;
-        Ok(expiry)
+        let select = || {
+            sqlx::query("SELECT expires_at FROM signature_tokens WHERE client_id = ? AND token_hash = ?")
+                .bind(client_id.as_str())
+                .bind(hash.to_hex())
+        };
+        Ok(self.fetch(select, |row| row.try_get("expires_at")).await?.pop())
     }
 
     /// Removes signatures that are no good any more.
     pub async fn delete_expired_signatures(&self, now: i64) -> Result<u64, StoreError> {
-        let removed = sqlx::query("DELETE FROM signature_tokens WHERE expires_at <= ?")
-            .bind(now)
-            .execute(&self.pool)
-            .await?;
-        Ok(removed.rows_affected())
+        self.execute(|| sqlx::query("DELETE FROM signature_tokens WHERE expires_at <= ?").bind(now))
+            .await
     }
+}
+
+fn token(row: &AnyRow) -> Result<TokenRow, sqlx::Error> {
+    Ok(TokenRow {
+        token_id: parsed(row, "token_id")?,
+        label: text_opt(row, "label")?.map(str::to_owned),
+        created_at: row.try_get("created_at")?,
+    })
 }

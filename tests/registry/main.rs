@@ -1,100 +1,31 @@
 //! Stories of the registry and of who is let in: what operators, agents and downstreams see, also while the database
-//! is away or a node is dead.
+//! is away or a node is dead. Each is told twice: with a SQLite file and with MySQL (MariaDB, here).
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+mod database;
+mod mysql_only;
+#[path = "../harness/servers.rs"]
+mod servers;
+
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use adit::{
     cluster::{
-        now_ms,
-        registry::{ConnectionRow, NewAuth, Node, Registry, RegistryAway, RegistryEvent, Watch},
-        store::{NodeRow, Store},
+        registry::{NewAuth, Registry, RegistryAway, RegistryEvent, Watch},
+        store::{NodeRow, SchemaVersion, Store},
     },
     error::Cause,
-    ids::{ClientId, InstanceId, NodeId, TokenId, TunnelId},
+    ids::{NodeId, TunnelId},
     relay::auth::{Auth, Consumed},
     secret::Secret,
 };
 use axum::response::IntoResponse;
+use database::{Database, id, tunnel, turn};
+use futures_util::future::join_all;
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use http_body_util::BodyExt;
-use sqlx::sqlite::SqlitePool;
-use tempfile::TempDir;
 use tokio::{sync::oneshot, time::Instant};
 
 const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
-
-/// A database that nodes share, and that can be away.
-struct Database {
-    store: Store,
-    /// A way in beside the store, to break things.
-    raw: SqlitePool,
-    dir: TempDir,
-}
-
-impl Database {
-    async fn start() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let url = format!("sqlite:{}", dir.path().join("adit.db").display());
-        let store = Store::open(&url).await.expect("a store");
-        let raw = SqlitePool::connect(&url).await.expect("a way in");
-        Self { store, raw, dir }
-    }
-
-    fn node(&self) -> Arc<Registry> {
-        Arc::new(Registry::new(self.store.clone(), Node::new("127.0.0.1:9090")))
-    }
-
-    /// A node that asks the database every time, and so notices when it is away.
-    fn forgetful_node(&self) -> Arc<Registry> {
-        Arc::new(Registry::with_freshness(
-            self.store.clone(),
-            Node::new("127.0.0.1:9090"),
-            Duration::ZERO,
-        ))
-    }
-
-    async fn go_away(&self) {
-        for table in ["nodes", "connections", "clients"] {
-            self.run(format!("ALTER TABLE {table} RENAME TO away_{table}")).await;
-        }
-    }
-
-    async fn return_(&self) {
-        for table in ["nodes", "connections", "clients"] {
-            self.run(format!("ALTER TABLE away_{table} RENAME TO {table}")).await;
-        }
-    }
-
-    async fn run(&self, statement: String) {
-        sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
-            .execute(&self.raw)
-            .await
-            .expect("executed");
-    }
-
-    async fn tunnels(&self, client: &str) -> Vec<TunnelId> {
-        let holders = self.store.holders(&id(client)).await.expect("holders");
-        holders.into_iter().map(|holder| holder.tunnel.tunnel_ws_id).collect()
-    }
-}
-
-fn id(name: &str) -> ClientId {
-    name.parse().expect("a client id")
-}
-
-fn tunnel(client: &str) -> ConnectionRow {
-    ConnectionRow {
-        tunnel_ws_id: TunnelId::new(),
-        client_id: id(client),
-        dialect: "adit".into(),
-        instance_id: Some(InstanceId::new()),
-        slot: Some(1),
-        token_id: Some(TokenId::new()),
-        agent_version: Some("0.1.0".into()),
-        remote_addr: "192.0.2.1:1234".into(),
-        connected_at: now_ms(),
-    }
-}
 
 fn bearer(token: &str) -> HeaderMap {
     let value = HeaderValue::try_from(format!("Bearer {token}")).expect("a header value");
@@ -118,9 +49,7 @@ async fn body_without_id(cause: Cause) -> String {
     problem.to_string()
 }
 
-#[tokio::test]
-async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer() {
-    let database = Database::start().await;
+async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let mut events = registry.events();
@@ -153,9 +82,7 @@ async fn an_access_token_works_until_it_is_revoked_and_not_a_moment_longer() {
     );
 }
 
-#[tokio::test]
-async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials() {
-    let database = Database::start().await;
+async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let (_, secret) = registry
@@ -192,9 +119,7 @@ async fn a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credent
     );
 }
 
-#[tokio::test]
-async fn whatever_is_wrong_with_a_token_the_answer_is_the_same() {
-    let database = Database::start().await;
+async fn whatever_is_wrong_with_a_token_the_answer_is_the_same(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let (_, home) = registry
@@ -230,9 +155,7 @@ async fn whatever_is_wrong_with_a_token_the_answer_is_the_same() {
     assert!(!bodies[0].contains(wrong) && !bodies[0].contains("home"));
 }
 
-#[tokio::test]
-async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works() {
-    let database = Database::start().await;
+async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let (_, secret) = registry
@@ -266,9 +189,7 @@ async fn an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_stil
     );
 }
 
-#[tokio::test]
-async fn a_client_asks_its_downstreams_for_what_its_operator_chose() {
-    let database = Database::start().await;
+async fn a_client_asks_its_downstreams_for_what_its_operator_chose(database: Database) {
     let registry = database.node();
     let auth = Auth::new(registry.clone());
     let password = Secret::from("hunter2".to_owned());
@@ -307,9 +228,7 @@ async fn a_client_asks_its_downstreams_for_what_its_operator_chose() {
     assert_eq!(get(&HeaderMap::new()).await, Ok(Consumed::Nothing));
 }
 
-#[tokio::test]
-async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it() {
-    let database = Database::start().await;
+async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it(database: Database) {
     let (old, new) = (database.node(), database.node());
     let (mut old_watch, mut new_watch) = (Watch::default(), Watch::default());
     let (before, after) = (tunnel("home"), tunnel("home"));
@@ -335,9 +254,7 @@ async fn a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it() {
     );
 }
 
-#[tokio::test]
-async fn a_dead_node_loses_its_tunnels_and_nobody_else_does() {
-    let database = Database::start().await;
+async fn a_dead_node_loses_its_tunnels_and_nobody_else_does(database: Database) {
     let living = database.node();
     living
         .create_client(&id("home"), NewAuth::Token)
@@ -380,9 +297,7 @@ async fn a_dead_node_loses_its_tunnels_and_nobody_else_does() {
     );
 }
 
-#[tokio::test]
-async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again() {
-    let database = Database::start().await;
+async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again(database: Database) {
     let zombie = database.node();
     let (mut watch, start) = (Watch::default(), Instant::now());
     let (kept, left) = (tunnel("home"), tunnel("home"));
@@ -407,9 +322,7 @@ async fn a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again() {
     assert_eq!(database.tunnels("home").await, [kept.tunnel_ws_id]);
 }
 
-#[tokio::test]
-async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later() {
-    let database = Database::start().await;
+async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later(database: Database) {
     let registry = database.forgetful_node();
     let auth = Auth::new(registry.clone());
     let (token_id, secret) = registry
@@ -450,9 +363,7 @@ async fn while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded
     assert!(client.last_seen_at_ms.is_some());
 }
 
-#[tokio::test]
-async fn a_revoked_token_stays_revoked_when_the_database_goes_away() {
-    let database = Database::start().await;
+async fn a_revoked_token_stays_revoked_when_the_database_goes_away(database: Database) {
     let registry = database.forgetful_node();
     let auth = Auth::new(registry.clone());
     let (token_id, secret) = registry
@@ -471,9 +382,7 @@ async fn a_revoked_token_stays_revoked_when_the_database_goes_away() {
     );
 }
 
-#[tokio::test]
-async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it() {
-    let database = Database::start().await;
+async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it(database: Database) {
     let registry = database.node();
     let (stop_tx, stop_rx) = oneshot::channel::<()>();
     let running = tokio::spawn({
@@ -498,9 +407,7 @@ async fn a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it() {
     assert_eq!(database.store.nodes().await.expect("nodes"), []);
 }
 
-#[tokio::test]
-async fn nothing_that_is_stored_or_printed_holds_a_secret() {
-    let database = Database::start().await;
+async fn nothing_that_is_stored_or_printed_holds_a_secret(database: Database) {
     let registry = database.node();
     let basic = NewAuth::Basic {
         user: "ann".into(),
@@ -510,17 +417,166 @@ async fn nothing_that_is_stored_or_printed_holds_a_secret() {
     let (_, secret) = registry.create_client(&id("home"), basic).await.expect("created");
     let client = registry.client(&id("home")).await.expect("answered").expect("known");
     let printed = format!("{printed} {client:?} {secret:?}");
-    database.store.close().await;
-    database.raw.close().await;
-    let mut stored = Vec::new();
-    for file in std::fs::read_dir(database.dir.path()).expect("files") {
-        stored.extend(std::fs::read(file.expect("a file").path()).expect("read"));
-    }
+    let stored = database.contents().await;
+    assert!(
+        stored.windows(4).any(|window| window == b"home"),
+        "this is the right place"
+    );
     for canary in ["canary-password", secret.expose()] {
         assert!(!printed.contains(canary), "{printed}");
         assert!(
             !stored.windows(canary.len()).any(|window| window == canary.as_bytes()),
-            "in the database's files"
+            "in the database"
         );
     }
+}
+
+async fn nodes_that_start_at_once_bring_the_database_to_their_version_together(database: Database) {
+    database.begin_anew().await;
+    let opened = join_all((0..6).map(|_| Store::open(&database.url))).await;
+    for store in opened {
+        let version = store.expect("opened").schema_version().await.expect("a version");
+        assert_eq!(version.found, version.known);
+    }
+}
+
+async fn a_database_that_a_newer_version_has_changed_still_serves_this_one(database: Database) {
+    database
+        .run(
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+             VALUES (9999, 'of the future', TRUE, 'x', 1)"
+                .to_owned(),
+        )
+        .await;
+    let store = Store::open(&database.url).await.expect("opened");
+    let SchemaVersion { found, known } = store.schema_version().await.expect("a version");
+    assert!(found == 9999 && known < found, "{found} {known}");
+}
+
+async fn names_that_are_nearly_the_same_are_not(database: Database) {
+    let registry = database.node();
+    let auth = Auth::new(registry.clone());
+    let (token_id, secret) = registry
+        .create_client(&id("abc"), NewAuth::Token)
+        .await
+        .expect("created");
+    for (at, name) in ["ABC", "abc ", "Abc", "ábc"].into_iter().enumerate() {
+        let client = format!("INSERT INTO clients (client_id, auth, created_at) VALUES ('{name}', 'public', 1)");
+        database.run(client).await;
+        let token = "INSERT INTO client_access_tokens (token_id, client_id, token_hash, created_at)";
+        database
+            .run(format!("{token} VALUES ('{at}', '{name}', 'not a hash', 1)"))
+            .await;
+        let tunnel = "INSERT INTO connections (tunnel_ws_id, client_id, node_id, dialect, remote_addr, connected_at)";
+        database
+            .run(format!("{tunnel} VALUES ('{at}', '{name}', 'nobody', 'adit', '', 1)"))
+            .await;
+        database.store.insert_setting(name, name).await.expect("its own");
+    }
+
+    assert_eq!(
+        auth.agent(&id("abc"), HERE, &bearer(secret.expose())).await,
+        Ok(token_id)
+    );
+    let summary = registry.describe_client(&id("abc")).await.expect("known");
+    assert_eq!((summary.auth.as_str(), summary.tunnels), ("token", 0));
+    assert_eq!(registry.list_tokens(&id("abc")).await.expect("tokens").len(), 1);
+    assert_eq!(database.store.setting("abc").await.expect("answered"), None);
+    let spaced = database.store.setting("abc ").await.expect("answered");
+    assert_eq!(spaced.as_deref(), Some("abc "));
+
+    registry.delete_client(&id("abc")).await.expect("deleted");
+    for table in ["clients", "client_access_tokens"] {
+        let count = sqlx::AssertSqlSafe(format!("SELECT COUNT(*) FROM {table}"));
+        let left: i64 = sqlx::query_scalar(count)
+            .fetch_one(&database.raw)
+            .await
+            .expect("a number");
+        assert_eq!(left, 4, "{table}");
+    }
+}
+
+async fn many_nodes_come_and_go_at_once_and_no_row_is_lost(database: Database) {
+    let clients = ["a", "b", "c", "d"];
+    for client in clients {
+        let node = database.node();
+        node.create_client(&id(client), NewAuth::Token).await.expect("created");
+    }
+    let nodes: Vec<_> = (0..6).map(|_| database.node()).collect();
+    let mut kept = BTreeSet::new();
+    let gone_through = join_all(nodes.iter().map(|node| keep_some(node, &clients))).await;
+    // Whoever was taken for dead at the very end notices it at the next heartbeat.
+    for (node, (mut watch, now, tunnels)) in nodes.iter().zip(gone_through) {
+        turn(node, &mut watch, now + Duration::from_secs(5)).await;
+        kept.extend(tunnels);
+    }
+
+    let mut stored = BTreeSet::new();
+    for client in clients {
+        stored.extend(database.tunnels(client).await);
+        let client = database
+            .store
+            .client(&id(client))
+            .await
+            .expect("answered")
+            .expect("known");
+        assert!(client.last_seen_at_ms.is_some());
+    }
+    assert!(stored == kept, "{} stored, {} held", stored.len(), kept.len());
+}
+
+/// A node that opens tunnels and closes half of them. Its clock runs ahead, so that others may be taken for dead.
+async fn keep_some(node: &Registry, clients: &[&str]) -> (Watch, Instant, Vec<TunnelId>) {
+    let (mut watch, mut now) = (Watch::default(), Instant::now());
+    let mut kept = Vec::new();
+    for _ in 0..8 {
+        for client in clients {
+            let (keep, close) = (tunnel(client), tunnel(client));
+            kept.push(keep.tunnel_ws_id);
+            node.record(keep);
+            node.record(close.clone());
+            turn(node, &mut watch, now).await;
+            node.forget(close.tunnel_ws_id);
+        }
+        now += Duration::from_secs(5);
+        turn(node, &mut watch, now).await;
+    }
+    (watch, now, kept)
+}
+
+/// Makes of each story one test with SQLite and one with MySQL.
+macro_rules! with_both {
+    ($($story:ident,)*) => {
+        mod sqlite {$(
+            #[tokio::test]
+            async fn $story() {
+                super::$story(super::Database::sqlite().await).await;
+            }
+        )*}
+        mod mysql {$(
+            #[tokio::test]
+            async fn $story() {
+                super::$story(super::Database::mysql().await).await;
+            }
+        )*}
+    };
+}
+
+with_both! {
+    an_access_token_works_until_it_is_revoked_and_not_a_moment_longer,
+    a_deleted_client_is_unknown_and_its_name_comes_back_without_its_credentials,
+    whatever_is_wrong_with_a_token_the_answer_is_the_same,
+    an_address_that_keeps_guessing_is_told_to_wait_but_the_right_token_still_works,
+    a_client_asks_its_downstreams_for_what_its_operator_chose,
+    a_slow_disconnect_does_not_erase_the_reconnect_that_overtook_it,
+    a_dead_node_loses_its_tunnels_and_nobody_else_does,
+    a_node_that_was_taken_for_dead_and_is_not_records_its_tunnels_again,
+    while_the_database_is_away_known_clients_go_on_and_tunnels_are_recorded_later,
+    a_revoked_token_stays_revoked_when_the_database_goes_away,
+    a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it,
+    nothing_that_is_stored_or_printed_holds_a_secret,
+    nodes_that_start_at_once_bring_the_database_to_their_version_together,
+    a_database_that_a_newer_version_has_changed_still_serves_this_one,
+    names_that_are_nearly_the_same_are_not,
+    many_nodes_come_and_go_at_once_and_no_row_is_lost,
 }
