@@ -22,7 +22,10 @@ use crate::{
         table::{Accepted, Exchanges, TICK, Taken},
     },
     ids::{ClientId, InstanceId},
-    wire::{fields, frame::Frame},
+    wire::{
+        fields,
+        frame::{Code, Frame},
+    },
 };
 
 /// How much longer than the relay the agent keeps an exchange without a path: the relay gives up first, and says so.
@@ -129,6 +132,13 @@ impl Host {
         self.link_gone.notify_waiters();
         let other = self.other(Some(path));
         self.exchanges.path_lost(path, other.as_ref());
+    }
+
+    /// The relay does not take this agent any more: without a tunnel, nobody will hear what is in flight.
+    pub fn turned_away(&self) {
+        if self.links().is_empty() {
+            self.exchanges.owner_left(&self.owner, Code::PathLost);
+        }
     }
 
     fn other(&self, not: Option<&Arc<Path>>) -> Option<Arc<Path>> {

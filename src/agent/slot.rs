@@ -63,7 +63,10 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
                     end = &mut task => (why(end), outage.pause()),
                 }
             }
-            Err(error @ DialError::Unauthorized(..)) => (error.to_string(), jittered(REFUSED_PAUSE)),
+            Err(error @ DialError::Unauthorized(..)) => {
+                host.turned_away();
+                (error.to_string(), jittered(REFUSED_PAUSE))
+            }
             // The old tunnel still serves: no hurry.
             Err(error) if !leaving.is_empty() => (error.to_string(), outage.unhurried()),
             Err(error) => (error.to_string(), outage.pause()),

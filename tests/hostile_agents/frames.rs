@@ -166,7 +166,7 @@ async fn a2_frames_in_any_disorder_end_their_tunnel_or_exchange_at_most() {
 }
 
 async fn violations(relay: &TestRelay, kind: &str) -> u64 {
-    let page = crate::metrics(relay).await;
+    let page = crate::metrics(relay.peer.as_deref().unwrap_or(relay)).await;
     let name = format!("adit_protocol_violations_total{{kind=\"{kind}\"}} ");
     let line = page
         .lines()
