@@ -173,11 +173,11 @@ impl Held {
         &mut self,
         owner: &Owner,
         slot: u32,
-        is_older: impl Fn(u64) -> bool,
+        is_older: impl Fn(&Tunnel) -> bool,
     ) -> Result<Option<Arc<Tunnel>>, Refused> {
         let same = |old: &Arc<Tunnel>| old.path.owner == *owner && old.slot == slot;
         match self.tunnels.iter().position(same) {
-            Some(at) if is_older(self.tunnels[at].generation) => Ok(Some(self.tunnels.swap_remove(at))),
+            Some(at) if is_older(&self.tunnels[at]) => Ok(Some(self.tunnels.swap_remove(at))),
             Some(_) => Err(Refused::Old),
             None => Ok(None),
         }
@@ -234,7 +234,7 @@ impl Tunnels {
     pub fn join(self: &Arc<Self>, tunnel: Arc<Tunnel>, limit: usize) -> Result<Joined, Refused> {
         let mut clients = self.write();
         let held = self.entry(&mut clients, tunnel.client_id());
-        let is_older = |generation| generation <= tunnel.generation;
+        let is_older = |old: &Tunnel| old.generation <= tunnel.generation;
         let superseded = held.supersede(&tunnel.path.owner, tunnel.slot, is_older)?;
         if held.tunnels.iter().filter(|other| other.is_here()).count() >= limit {
             return Err(Refused::TooMany);
@@ -259,7 +259,11 @@ impl Tunnels {
         }
         let mut clients = self.write();
         let held = self.entry(&mut clients, &card.client_id);
-        let superseded = held.supersede(&card.owner(), card.slot, |generation| generation < card.generation)?;
+        let superseded = held.supersede(&card.owner(), card.slot, |old| {
+            // A node that has held both knows which is newer, also of an agent that does not count.
+            let of_one_node = old.place == Place::At(card.node_id);
+            old.generation < card.generation || (old.generation == card.generation && of_one_node)
+        })?;
         let tunnel = Tunnel::at_peer(card, self.peers.path_to(card, self.clock));
         held.add(tunnel.clone());
         Ok(Learned {

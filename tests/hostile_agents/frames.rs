@@ -197,9 +197,7 @@ async fn a2_random_frames_and_bytes_harm_nobody_else() {
     for round in 0..60 {
         let frames = disorder().new_tree(&mut runner).expect("a tree").current();
         let mut agent = RawTunnel::open(relay.agents, "home", &token, InstanceId::new()).await;
-        let mut socket = TcpStream::connect(relay.address).await.expect("the relay listens");
-        socket.write_all(get("home", "GET /").as_bytes()).await.expect("sent");
-        let id = agent.opened().await;
+        let (mut socket, id) = reached(&relay, &mut agent).await;
         for (kind, offset, bytes, fin) in &frames {
             match kind {
                 0..4 => agent.send(&[stream_frame(id, *offset, bytes.clone(), *fin)]).await,
@@ -240,6 +238,18 @@ async fn a2_random_frames_and_bytes_harm_nobody_else() {
         assert_eq!(relay.get("other", "/").await.0, 200, "after {frames:?}");
     }
     relay.stop().await;
+}
+
+/// A request that has reached the agent. Where requests do not wait, one may come before its node has heard of the agent.
+async fn reached(relay: &TestRelay, agent: &mut RawTunnel) -> (TcpStream, RequestId) {
+    loop {
+        let mut socket = TcpStream::connect(relay.address).await.expect("the relay listens");
+        socket.write_all(get("home", "GET /").as_bytes()).await.expect("sent");
+        tokio::select! {
+            id = agent.opened() => return (socket, id),
+            answer = RawAnswer::read(&mut socket) => assert_eq!(answer.status(), 503, "{answer:?}"),
+        }
+    }
 }
 
 #[tokio::test]
