@@ -14,12 +14,16 @@
 //!   │  relay::ingress      a request for a client, step by step:
 //!   │    relay::auth         is the downstream let in, and what of the request was the credential
 //!   │    relay::forward      the head, fit for the upstream
-//!   │    relay::router       a tunnel of the client: one that is here, or the next one to come
+//!   │    relay::router       a tunnel of the client: here, at another node, or the next one to come
 //!   │    exchange::ingress   this end of the exchange: opens it, sends the body, waits for the head
 //!   │    relay::respond      the answer: as it comes, whole, or an upgraded connection
 //!   │  exchange::path      frames of many exchanges take turns on one socket
 //!   │  exchange::link      one tunnel's WebSocket, written and read (relay::accept is the door it came in by)
 //!   ⇣
+//!   ┊  when another node holds the tunnel, the path's frames go there first, and nothing else is different:
+//!   ┊    cluster::peer       takes the path's frames out in turns, as letters (cluster::letter)
+//!   ┊    cluster::bus        to the inbox of that node ⇢ relay::inbox there ⇢ the tunnel's path, as they are
+//!   ┊    and back: relay::accept there ⇢ the exchange's own channel ⇢ relay::inbox here ⇢ the exchange
 //!   │  agent::slot, dial   holds a tunnel open: dials, says hello, dials again
 //!   │  agent::host         frames of all tunnels to their exchanges
 //!   │  exchange::host      the other end of the exchange: serves it with a function from request to response
@@ -38,16 +42,16 @@
 //! | [`agent`] | the program next to the upstream |
 //! | [`exchange`] | one request and its response in flight: two ends, and a path that may be replaced under them |
 //! | [`wire`] | streams, records and frames: no I/O and no clock of its own, but for [`wire::socket`] |
-//! | [`cluster`] | the registry: who holds what, who may do what |
+//! | [`cluster`] | what nodes share: the registry (who holds what, who may do what) and the bus between them |
 //! | [`config`] | what an operator may set |
 //! | [`telemetry`] | what an operator sees: logs, metrics, trace context |
 //! | [`error`] | every error answer, and its status |
 //! | [`secret`], [`ids`], [`shutdown`] | values that all of them use |
 //! | [`cli`] | arguments, laid over the configuration, start the library |
 //!
-//! Layers: `wire`, `ids` and `secret` know nobody; `exchange` knows `wire`; `agent` knows `exchange`; `cluster` knows
-//! neither; `relay` knows all but `agent`; only `cli` knows both. Only `cluster::store` says SQL. Only `wire::socket`,
-//! `relay::accept` and `agent::dial` name a WebSocket library.
+//! Layers: `wire`, `ids` and `secret` know nobody; `exchange` knows `wire`; `agent` and `cluster` know `exchange`; `relay`
+//! knows all but `agent`; only `cli` knows both. Only `cluster::store` says SQL, only `cluster::bus::redis` says Redis.
+//! Only `wire::socket`, `relay::accept` and `agent::dial` name a WebSocket library.
 //!
 //! # Words
 //!
@@ -61,8 +65,11 @@
 //! | slot, instance | the place of a tunnel among its agent's; one agent process, with an `instance_id` |
 //! | exchange, `request_id` | one request and its response, in flight |
 //! | ingress, host | the two ends of an exchange: the node with the downstream; whoever calls the upstream |
-//! | path | what carries an exchange's frames between its ends |
-//! | registry | who holds what, and who may do what: a SQLite file |
+//! | path | what carries an exchange's frames between its ends: a socket, or the bus and a socket |
+//! | owner | the node that holds a tunnel's WebSocket |
+//! | peer | another node of the same relay |
+//! | bus | pub/sub between nodes: Redis, or inside one process |
+//! | registry | who holds what, and who may do what: a SQLite file, or a MySQL-protocol database |
 //! | to park | to let a request wait for a tunnel that was here a moment ago |
 //! | to drain | to take nothing new, finish what is held, and end |
 //!

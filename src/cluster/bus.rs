@@ -124,6 +124,14 @@ impl Bus {
         }
     }
 
+    /// What this node may be behind by before the server cuts it off, bytes, where that is known.
+    pub fn limit(&self) -> Option<u64> {
+        match &self.0 {
+            Kind::Local(_) => None,
+            Kind::Redis(link) => link.limit(),
+        }
+    }
+
     /// A message's round trip to the server, as last measured.
     pub fn rtt(&self) -> Duration {
         match &self.0 {

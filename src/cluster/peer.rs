@@ -34,6 +34,8 @@ use crate::{
 
 /// An exchange that broke off is listened for so much longer: its host may have missed the word, and is told again.
 const LINGER: Duration = Duration::from_secs(5);
+/// How long a node that leaves waits for its last words to be taken.
+const FLUSH: Duration = Duration::from_secs(1);
 /// Exchanges listened for in that way; more are left at once.
 const MAX_LINGERING: usize = 16 * 1024;
 
@@ -226,8 +228,18 @@ impl Peers {
         self.bus.publish(Channel::Client(client_id.clone()), letter.encode())
     }
 
-    /// Time passed: what broke off long ago is not listened for any more.
+    /// Waits until what was said so far has left, if the bus carries.
+    pub async fn flush(&self) {
+        // Behind everything else; nobody listens to it.
+        let last = self.bus.publish(Channel::Request(RequestId::new()), Bytes::new());
+        tokio::time::timeout(FLUSH, last.reached()).await.ok();
+    }
+
+    /// Time passed: the bus may have other limits, and what broke off long ago is not listened for any more.
     pub fn on_tick(&self) {
+        if let Some(limit) = self.bus.limit() {
+            self.credit.set_limit(limit);
+        }
         let now = Instant::now();
         let mut lingering = self.lingering();
         while lingering.front().is_some_and(|(_, until)| *until <= now) {

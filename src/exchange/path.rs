@@ -41,11 +41,13 @@ const DONE_LENGTH: usize = 20;
 
 /// What peers handed over and the socket has not taken, bytes. Beyond it, it is dropped: their ends send again.
 const MAX_FORWARDED: usize = 4 * 1024 * 1024;
-/// What all exchanges over the bus together may have on their way to this node, bytes: below the 8 MiB that a subscriber
-/// of Redis may be behind by (`client-output-buffer-limit pubsub`, REDIS.md).
-const BUS_CREDIT_IN: u64 = 6 * 1024 * 1024;
-/// What they may have on its way to the other nodes. Several nodes may send to one: it is a part of the same 8 MiB.
-const BUS_CREDIT_OUT: u64 = 1024 * 1024;
+/// What a node may be behind by on the bus, bytes, where the bus does not say: Redis's default for 60 s
+/// (`client-output-buffer-limit pubsub 32mb 8mb 60`).
+const BUS_LIMIT: u64 = 8 * 1024 * 1024;
+/// Of that, what all exchanges over the bus together may have on their way to this node…
+const CREDIT_IN: fn(u64) -> u64 = |limit| limit / 4 * 3;
+/// … and on its way to the other nodes, several of which may send to one.
+const CREDIT_OUT: fn(u64) -> u64 = |limit| limit / 8;
 
 /// Who may speak on a path: one process of one client. An exchange belongs to it, not to a path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -57,15 +59,30 @@ pub struct Owner {
 }
 
 /// The credit that the exchanges of a node divide whose frames go over the bus: no publisher may overrun a subscriber.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BusCredit {
     sharers: AtomicUsize,
+    limit: AtomicU64,
+}
+
+impl Default for BusCredit {
+    fn default() -> Self {
+        Self {
+            sharers: AtomicUsize::new(0),
+            limit: AtomicU64::new(BUS_LIMIT),
+        }
+    }
 }
 
 impl BusCredit {
-    fn share(&self, of: u64) -> u64 {
+    /// What a node may be behind by on this bus, bytes.
+    pub fn set_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    fn share(&self, of: fn(u64) -> u64) -> u64 {
         let sharers = self.sharers.load(Ordering::Relaxed).max(1) as u64;
-        (of / sharers).clamp(INITIAL_WINDOW, MAX_WINDOW)
+        (of(self.limit.load(Ordering::Relaxed)) / sharers).clamp(INITIAL_WINDOW, MAX_WINDOW)
     }
 }
 
@@ -178,12 +195,12 @@ impl Path {
     pub(super) fn most_window(&self) -> u64 {
         self.credit
             .as_ref()
-            .map_or(MAX_WINDOW, |credit| credit.share(BUS_CREDIT_IN))
+            .map_or(MAX_WINDOW, |credit| credit.share(CREDIT_IN))
     }
 
     /// The most that one exchange may have on its way without having heard from its peer; `None`: what it was granted.
     pub(super) fn most_flight(&self) -> Option<u64> {
-        self.credit.as_ref().map(|credit| credit.share(BUS_CREDIT_OUT))
+        self.credit.as_ref().map(|credit| credit.share(CREDIT_OUT))
     }
 
     /// The round trip of a frame and its answer, as last measured.

@@ -65,6 +65,7 @@ pub(super) async fn run(
     }
     close_public.cancel();
     close_tunnels(&state, &shutdown).await;
+    state.peers.flush().await;
     close_rest.cancel();
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}

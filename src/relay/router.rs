@@ -27,9 +27,22 @@ const BUS_LOOK: Duration = Duration::from_millis(50);
 
 /// A tunnel of the client, not one of `not`'s if given. Waits for one if the client was just here.
 pub(super) async fn route(state: &State, client: &Client, not: Option<&Owner>) -> Result<Arc<Tunnel>, Cause> {
+    let looked = look_up(state, &client.client_id, None).await;
+    match state.tunnels.pick(&client.client_id, not) {
+        Some(tunnel) => reachable(state, tunnel).await,
+        None => park(state, client, not, looked).await,
+    }
+}
+
+/// Waits for a tunnel of a client that was connected a moment ago. `looked`: what came of asking the registry.
+async fn park(
+    state: &State,
+    client: &Client,
+    not: Option<&Owner>,
+    mut looked: Result<(), RegistryAway>,
+) -> Result<Arc<Tunnel>, Cause> {
     let (client_id, config) = (&client.client_id, &state.config.tunnels);
     let until = Instant::now() + config.park_timeout;
-    let mut looked = look_up(state, client_id, None).await;
     loop {
         let coming = state.tunnels.coming(client_id);
         let mut next = std::pin::pin!(coming.notified());

@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -129,8 +132,8 @@ struct Held {
     came: Arc<Notify>,
     /// When the registry was last asked who holds its tunnels.
     looked_at: Option<Instant>,
-    /// When anybody last asked for it.
-    used_at: Instant,
+    /// When anybody last asked for a tunnel of it, seconds of the node's clock.
+    used_at: AtomicU64,
     shunned: Vec<(TunnelId, Instant)>,
 }
 
@@ -156,14 +159,14 @@ pub struct Learned {
 
 impl Held {
     /// A client that nothing is known of here: remembered from now.
-    fn unseen() -> Self {
+    fn unseen(used_at: u64) -> Self {
         let now = Instant::now();
         Self {
             tunnels: Vec::new(),
             left_at: Some(now),
             came: Arc::default(),
             looked_at: None,
-            used_at: now,
+            used_at: AtomicU64::new(used_at),
             shunned: Vec::new(),
         }
     }
@@ -222,10 +225,14 @@ impl Tunnels {
         self.clients.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn now(&self) -> u64 {
+        self.clock.now().as_secs()
+    }
+
     fn entry<'a>(&self, clients: &'a mut HashMap<ClientId, Held>, client_id: &ClientId) -> &'a mut Held {
         clients.entry(client_id.clone()).or_insert_with(|| {
             self.peers.bus().subscribe(Channel::Client(client_id.clone()));
-            Held::unseen()
+            Held::unseen(self.now())
         })
     }
 
@@ -335,7 +342,9 @@ impl Tunnels {
     /// The tunnel of a client with the fewest exchanges in flight: of those here, else of those at peers.
     pub fn pick(&self, client_id: &ClientId, not: Option<&Owner>) -> Option<Arc<Tunnel>> {
         let clients = self.read();
-        let tunnels = clients.get(client_id)?.tunnels.iter();
+        let held = clients.get(client_id)?;
+        held.used_at.store(self.now(), Ordering::Relaxed);
+        let tunnels = held.tunnels.iter();
         let open = tunnels.filter(|tunnel| not != Some(&tunnel.path.owner) && tunnel.path.takes_more());
         open.min_by_key(|tunnel| (!tunnel.is_here(), tunnel.path.in_flight()))
             .cloned()
@@ -363,12 +372,10 @@ impl Tunnels {
             .is_some_and(|held| held.left_at.is_none_or(|at| at.elapsed() <= memory))
     }
 
-    /// Notified when the client's next tunnel comes, from when the value is first polled or enabled.
+    /// Notified when the client's next tunnel comes, to this node or a peer.
     pub fn coming(&self, client_id: &ClientId) -> Arc<Notify> {
         let mut clients = self.write();
-        let held = self.entry(&mut clients, client_id);
-        held.used_at = Instant::now();
-        held.came.clone()
+        self.entry(&mut clients, client_id).came.clone()
     }
 
     /// Forgets clients without a tunnel that left longer than `memory` ago, and those at peers that nobody asked for in
@@ -377,7 +384,8 @@ impl Tunnels {
         self.write().retain(|client_id, held| {
             let busy = |tunnel: &Arc<Tunnel>| tunnel.is_here() || tunnel.path.in_flight() > 0;
             let left_lately = held.tunnels.is_empty() && held.left_at.is_some_and(|at| at.elapsed() <= memory);
-            let used_lately = !held.tunnels.is_empty() && held.used_at.elapsed() <= memory;
+            let unused = self.now().saturating_sub(held.used_at.load(Ordering::Relaxed));
+            let used_lately = !held.tunnels.is_empty() && unused <= memory.as_secs();
             let kept = left_lately || used_lately || held.tunnels.iter().any(busy) || Arc::strong_count(&held.came) > 1;
             if !kept {
                 self.peers.bus().unsubscribe(Channel::Client(client_id.clone()));

@@ -41,6 +41,8 @@ const COMMAND: usize = 64;
 const PING_EVERY: Duration = Duration::from_secs(1);
 /// A server that leaves commands unanswered for so long does not count as there, though it may come back.
 const STALLED_AFTER: Duration = Duration::from_millis(1500);
+/// A subscriber's limit below this slows transfers, bytes: the default is 8 MiB.
+const LIMIT_WISHED: u64 = 8 * 1024 * 1024;
 /// Between attempts to connect: from this, doubled up to that, each somewhere in its upper half.
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_millis(500);
@@ -119,10 +121,12 @@ pub(super) struct Link {
     work: Notify,
     room: Notify,
     up: AtomicBool,
-    /// When the oldest unanswered pipeline was sent, milliseconds since `epoch`; 0: none is.
+    /// Since when an answer is awaited, milliseconds since `epoch`; 0: none is.
     waits_since: AtomicU64,
     epoch: Instant,
     rtt_us: AtomicU64,
+    /// What a subscriber may be behind by before the server cuts it, bytes; 0: not known.
+    limit: AtomicU64,
     published: AtomicU64,
     received: AtomicU64,
     dropped: AtomicU64,
@@ -140,6 +144,7 @@ impl Link {
             waits_since: AtomicU64::new(0),
             epoch: Instant::now(),
             rtt_us: AtomicU64::new(0),
+            limit: AtomicU64::new(0),
             published: AtomicU64::new(0),
             received: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -163,6 +168,10 @@ impl Link {
 
     pub fn rtt(&self) -> Duration {
         Duration::from_micros(self.rtt_us.load(Ordering::Relaxed))
+    }
+
+    pub fn limit(&self) -> Option<u64> {
+        Some(self.limit.load(Ordering::Relaxed)).filter(|limit| *limit > 0)
     }
 
     pub fn counts(&self) -> Counts {
@@ -271,6 +280,7 @@ impl Link {
             Ok::<(), redis::aio::SendError>(())
         };
         let mut connection = self.server.connect(on_push).await?;
+        self.ask_limit(&mut connection).await;
         let channels: Vec<Channel> = {
             let mut queue = self.queue();
             queue.connected = true;
@@ -284,6 +294,24 @@ impl Link {
         self.interrupted.fetch_add(1, Ordering::Relaxed);
         inbox.on_interrupted();
         Ok(connection)
+    }
+
+    /// Servers that keep their configuration to themselves have the usual limit, as far as we know.
+    async fn ask_limit(&self, connection: &mut Connection) {
+        let mut pipeline = Pipeline::with_capacity(1);
+        pipeline.cmd("CONFIG").arg("GET").arg("client-output-buffer-limit");
+        let answer = connection.send(&pipeline, 1).await.unwrap_or_default();
+        let Some(limit) = answer.first().and_then(subscriber_limit) else {
+            return;
+        };
+        let known = self.limit.swap(limit, Ordering::Relaxed);
+        if known != limit && limit < LIMIT_WISHED {
+            tracing::warn!(
+                redis = %self.server, limit,
+                "Redis cuts a subscriber that is this many bytes behind: transfers between nodes are kept below, and slower; \
+                 set `client-output-buffer-limit pubsub 64mb 32mb 60` for more"
+            );
+        }
     }
 
     fn lose(&self) {
@@ -306,9 +334,9 @@ impl Link {
                     if let Err(error) = answered {
                         return error;
                     }
-                    if flights.is_empty() {
-                        self.waits_since.store(0, Ordering::Relaxed);
-                    }
+                    // It answers: whatever else is on its way is waited for from now.
+                    let since = if flights.is_empty() { 0 } else { self.now_ms() };
+                    self.waits_since.store(since, Ordering::Relaxed);
                 }
                 () = self.work.notified(), if flights.len() < MAX_FLIGHTS => {
                     let batch = self.queue().take();
@@ -375,6 +403,23 @@ impl Link {
         }
         connection.send(&pipeline, ops.len()).await
     }
+}
+
+/// The lower of a subscriber's limits, of `… pubsub 33554432 8388608 60`; 0 is none.
+fn subscriber_limit(answer: &Value) -> Option<u64> {
+    let text = match answer {
+        Value::Map(pairs) => &pairs.first()?.1,
+        Value::Array(items) => items.get(1)?,
+        _ => return None,
+    };
+    let Value::BulkString(text) = text else { return None };
+    let text = String::from_utf8_lossy(text);
+    let mut words = text
+        .split_ascii_whitespace()
+        .skip_while(|word| *word != "pubsub")
+        .skip(1);
+    let limits = words.by_ref().take(2).filter_map(|word| word.parse::<u64>().ok());
+    limits.filter(|limit| *limit > 0).min()
 }
 
 fn reached(answer: &Value) -> Reached {
@@ -449,6 +494,22 @@ mod tests {
         assert_eq!(receipt.reached().await, Reached::Unsent);
         assert!(!link.is_up() && link.counts().dropped == 1);
         link.room().await;
+    }
+
+    #[test]
+    fn the_servers_limit_for_subscribers_is_read() {
+        let says = |text: &str| {
+            let text = Value::BulkString(text.as_bytes().to_vec());
+            subscriber_limit(&Value::Map(vec![(
+                Value::SimpleString("client-output-buffer-limit".into()),
+                text,
+            )]))
+        };
+        let default = "normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60";
+        assert_eq!(says(default), Some(8_388_608));
+        assert_eq!(says("pubsub 0 0 0"), None);
+        assert_eq!(says("pubsub 1mb"), None);
+        assert_eq!(subscriber_limit(&Value::Okay), None);
     }
 
     #[test]
