@@ -6,7 +6,6 @@
 
 mod common;
 #[path = "../tests/harness/servers.rs"]
-#[allow(dead_code, reason = "stories use the rest")]
 mod servers;
 
 use std::{
@@ -53,7 +52,7 @@ fn main() {
     println!("\n| 1 GiB | MiB/s | CPU s a GiB: right | wrong | Redis | agent |\n|---|---|---|---|---|---|");
     for target in [&bench.right, &bench.wrong] {
         transfer(target, "one download", |target| download(target, "/big"));
-        transfer(target, "sixteen downloads", |target| downloads(target));
+        transfer(target, "sixteen downloads", downloads);
     }
     let kills = AtomicU64::new(0);
     transfer(

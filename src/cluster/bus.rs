@@ -86,7 +86,7 @@ pub struct Bus(Kind);
 
 enum Kind {
     Local(local::Endpoint),
-    Redis(redis::Link),
+    Redis(Box<redis::Link>),
 }
 
 /// Why there is no bus.
@@ -100,7 +100,7 @@ pub enum BusError {
 impl Bus {
     /// Over the Redis of this URL; nothing is connected until [`Bus::run`].
     pub fn redis(url: &Secret) -> Result<Self, BusError> {
-        Ok(Self(Kind::Redis(redis::Link::new(url)?)))
+        Ok(Self(Kind::Redis(Box::new(redis::Link::new(url)?))))
     }
 
     /// Between the nodes of this process that share `hub`.

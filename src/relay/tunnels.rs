@@ -475,8 +475,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_newer_tunnel_of_the_slot_supersedes_and_the_slow_leave_of_the_old_takes_nothing_away() {
         let (tunnels, instance) = (table(), InstanceId::new());
-        let old = tunnels.join(tunnel(instance, 0, 1), 2).ok().expect("room");
-        let new = tunnels.join(tunnel(instance, 0, 2), 2).ok().expect("room");
+        let old = tunnels.join(tunnel(instance, 0, 1), 2).expect("room");
+        let new = tunnels.join(tunnel(instance, 0, 2), 2).expect("room");
         assert_eq!(new.superseded.as_ref().map(|old| old.id), Some(old.tunnel.id));
         drop(old);
         assert_eq!(tunnels.pick(&home(), None).map(|tunnel| tunnel.id), Some(new.tunnel.id));
@@ -491,7 +491,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_slot_is_where_the_agent_dialled_last_whatever_comes_last() {
         let (tunnels, instance) = (table(), InstanceId::new());
-        let held = tunnels.join(tunnel(instance, 0, 2), 2).ok().expect("room");
+        let held = tunnels.join(tunnel(instance, 0, 2), 2).expect("room");
         assert_eq!(tunnels.learn(&card(instance, 0, 1)).err(), Some(Refused::Old));
         assert_eq!(tunnels.learn(&card(instance, 0, 2)).err(), Some(Refused::Old));
         let elsewhere = tunnels.learn(&card(instance, 0, 3)).expect("newer");
@@ -508,7 +508,7 @@ mod tests {
         let (tunnels, instance) = (table(), InstanceId::new());
         let there = tunnels.learn(&card(instance, 1, 1)).expect("news").tunnel;
         assert_eq!(tunnels.pick(&home(), None).map(|tunnel| tunnel.id), Some(there.id));
-        let here = tunnels.join(tunnel(instance, 0, 1), 2).ok().expect("room");
+        let here = tunnels.join(tunnel(instance, 0, 1), 2).expect("room");
         assert_eq!(
             tunnels.pick(&home(), None).map(|tunnel| tunnel.id),
             Some(here.tunnel.id)
@@ -537,7 +537,7 @@ mod tests {
     #[test]
     fn the_limit_holds() {
         let tunnels = table();
-        let _one = tunnels.join(tunnel(InstanceId::new(), 0, 1), 1).ok().expect("room");
+        let _one = tunnels.join(tunnel(InstanceId::new(), 0, 1), 1).expect("room");
         assert_eq!(
             tunnels.join(tunnel(InstanceId::new(), 0, 1), 1).err(),
             Some(Refused::TooMany)
