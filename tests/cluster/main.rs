@@ -11,6 +11,3 @@ mod redis;
 
 /// Longer than what fits on the way: when its first bytes are here, its last ones are not sent yet.
 const LONG: u64 = 24 * 1024 * 1024;
-
-const MOVED: &str = "adit_exchanges_moved_total";
-const INTERRUPTED: &str = "adit_bus_interruptions_total";
