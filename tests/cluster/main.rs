@@ -11,3 +11,5 @@ mod redis;
 
 /// Longer than what fits on the way: when its first bytes are here, its last ones are not sent yet.
 const LONG: u64 = 24 * 1024 * 1024;
+
+const INTERRUPTED: &str = "adit_bus_interruptions_total";
