@@ -7,9 +7,15 @@ mod cluster;
 #[path = "../harness/mod.rs"]
 mod harness;
 
+mod agents;
+mod downstreams;
+mod mysql;
+mod network;
+mod nodes;
 mod redis;
 
 /// Longer than what fits on the way: when its first bytes are here, its last ones are not sent yet.
 const LONG: u64 = 24 * 1024 * 1024;
 
 const INTERRUPTED: &str = "adit_bus_interruptions_total";
+const MOVED: &str = "adit_exchanges_moved_total";

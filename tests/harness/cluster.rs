@@ -53,6 +53,10 @@ pub struct Plan {
     pub redis: &'static [&'static str],
     /// Options of a database server of its own; `None`: it breaks none, and shares one.
     pub database: Option<&'static [&'static str]>,
+    /// The most descriptors the first node may have open; `None`: as many as the system lets it.
+    pub descriptors: Option<usize>,
+    /// Nodes are no superusers of the database: what is forbidden there is forbidden to them. For a server of its own.
+    pub plain_user: bool,
     /// Each node reaches Redis, and the database, through a proxy of its own.
     pub proxies: bool,
 }
@@ -64,6 +68,8 @@ impl Default for Plan {
             settings: "",
             redis: &[],
             database: None,
+            descriptors: None,
+            plain_user: false,
             proxies: false,
         }
     }
@@ -76,7 +82,11 @@ pub struct Cluster {
     /// The database server, if it is the story's own.
     pub mariadb: Option<MariaDb>,
     pub balancer: Balancer,
+    /// The story's own way in.
     database_url: String,
+    nodes_database_url: String,
+    /// Of the next node.
+    descriptors: Option<usize>,
     dir: tempfile::TempDir,
     _room: SemaphorePermit<'static>,
 }
@@ -99,6 +109,10 @@ impl Cluster {
             Some(own) => own.database().await,
             None => MariaDb::shared().database().await,
         };
+        let nodes_database_url = match &mariadb {
+            Some(own) if plan.plain_user => plain_user(own, &database_url).await,
+            _ => database_url.clone(),
+        };
         let dir = tempfile::tempdir().expect("a directory");
         fs::write(dir.path().join("adit.toml"), plan.settings).expect("written");
         let mut cluster = Self {
@@ -107,10 +121,13 @@ impl Cluster {
             redis,
             mariadb,
             database_url,
+            nodes_database_url,
+            descriptors: None,
             dir,
             _room: room,
         };
-        for _ in 0..plan.nodes {
+        for at in 0..plan.nodes {
+            cluster.descriptors = plan.descriptors.filter(|_| at == 0);
             cluster.add_node(plan.proxies).await;
         }
         cluster
@@ -118,7 +135,7 @@ impl Cluster {
 
     /// One more node, known to the balancer.
     pub async fn add_node(&mut self, proxies: bool) {
-        let (redis_url, database_url) = (self.redis.url(), self.database_url.clone());
+        let (redis_url, database_url) = (self.redis.url(), self.nodes_database_url.clone());
         let (redis_url, redis_proxy) = behind(redis_url, proxies).await;
         let (database_url, database_proxy) = behind(database_url, proxies).await;
         self.add(redis_url, database_url, redis_proxy.zip(database_proxy)).await;
@@ -126,7 +143,7 @@ impl Cluster {
 
     /// A node that has another idea of where Redis is.
     pub async fn add_node_with_redis(&mut self, redis_url: String) {
-        self.add(redis_url, self.database_url.clone(), None).await;
+        self.add(redis_url, self.nodes_database_url.clone(), None).await;
     }
 
     async fn add(&mut self, redis_url: String, database_url: String, proxies: Option<(FaultProxy, FaultProxy)>) {
@@ -141,6 +158,7 @@ impl Cluster {
                 redis_proxy: None,
                 database_proxy: None,
                 command: (redis_url.clone(), database_url.clone()),
+                most_descriptors: self.descriptors,
                 dir: self.dir.path().to_owned(),
                 log: self.dir.path().join(format!("{name}.log")),
                 log_of_this_run: 0,
@@ -232,9 +250,11 @@ impl Cluster {
     }
 
     pub async fn database(&self) -> MySqlConnection {
-        MySqlConnection::connect(&self.database_url)
-            .await
-            .expect("the database is there")
+        self.try_database().await.expect("the database is there")
+    }
+
+    pub async fn try_database(&self) -> Result<MySqlConnection, sqlx::Error> {
+        MySqlConnection::connect(&self.database_url).await
     }
 
     pub async fn sql(&self, statement: impl Into<String>) -> u64 {
@@ -282,9 +302,10 @@ impl Cluster {
         for gauge in ["adit_exchanges_in_flight", "adit_tunnels"] {
             eventually(gauge, async || self.sum(gauge).await == 0).await;
         }
+        let ids: Vec<String> = self.nodes.iter().map(|node| format!("'{}'", node.id())).collect();
+        let rows = format!("SELECT COUNT(*) FROM connections WHERE node_id IN ({})", ids.join(", "));
         eventually("the registry holds nothing that is not there", async || {
-            let gone = "SELECT COUNT(*) FROM connections JOIN nodes USING (node_id)";
-            self.count(gone).await == 0
+            self.count(rows.as_str()).await == 0
         })
         .await;
         eventually("descriptors are closed", async || {
@@ -313,6 +334,17 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// A user who may do everything in this database, and nothing to the server.
+async fn plain_user(server: &MariaDb, database_url: &str) -> String {
+    let (_, database) = database_url.rsplit_once('/').expect("a database");
+    // Both hosts: else the anonymous user of one of them would be who connects.
+    for host in ["localhost", "127.0.0.1"] {
+        server.run(format!("CREATE USER adit@'{host}'")).await;
+        server.run(format!("GRANT ALL ON {database}.* TO adit@'{host}'")).await;
+    }
+    database_url.replace("root@", "adit@")
 }
 
 /// The same URL through a proxy.
@@ -425,6 +457,7 @@ pub struct Node {
     /// Between it and the database.
     pub database_proxy: Option<FaultProxy>,
     command: (String, String),
+    most_descriptors: Option<usize>,
     dir: PathBuf,
     log: PathBuf,
     log_of_this_run: u64,
@@ -436,9 +469,11 @@ impl Node {
     async fn start(&mut self) -> bool {
         self.log_of_this_run = fs::metadata(&self.log).map_or(0, |log| log.len());
         let (redis_url, database_url) = &self.command;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_adit"));
+        let limit = self.most_descriptors.map(|most| format!("ulimit -n {most};"));
+        let mut command = Command::new("/bin/sh");
         command
-            .arg("serve")
+            .args(["-c", &format!("{} exec \"$0\" serve", limit.unwrap_or_default())])
+            .arg(env!("CARGO_BIN_EXE_adit"))
             .env_clear()
             .env("ADIT_CONFIG", self.dir.join("adit.toml"))
             .env("ADIT_LISTEN", self.public.to_string())
@@ -567,10 +602,10 @@ impl Node {
             .expect("a number")
     }
 
-    /// Resident memory, bytes.
-    pub fn memory(&self) -> u64 {
+    /// The most memory that was resident so far, bytes.
+    pub fn most_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process().id())).expect("Linux");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         let number = line.and_then(|line| line.trim().strip_suffix(" kB")).expect("a size");
         number.trim().parse::<u64>().expect("a number") * 1024
     }
