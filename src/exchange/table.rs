@@ -191,6 +191,10 @@ impl Exchanges {
     /// Forgets an exchange; at the host it stays known as over.
     pub fn remove(&self, exchange: &Exchange) {
         let known = self.shard(exchange.id).remove(&exchange.id);
+        if !exchange.is_whole() {
+            // The word of it may be lost with its tunnel: then its host asks by another, perhaps at another node.
+            self.listen(exchange);
+        }
         if let Some(way_back) = self
             .way_back
             .as_ref()
