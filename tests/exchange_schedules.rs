@@ -351,3 +351,37 @@ fn exchanges_survive_every_schedule() {
         "the schedules cut tunnels and lost frames: {faults:?}"
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_nobody_answers_gives_up_also_with_two_tunnels_to_try() {
+    const PATIENCE: Duration = Duration::from_secs(45);
+    let clock = Clock::default();
+    let owner = Owner {
+        client_id: "home".parse().expect("a client id"),
+        instance_id: InstanceId::new(),
+    };
+    let host = Exchanges::new(clock, PATIENCE);
+    let paths = [Path::new(owner.clone(), clock), Path::new(owner, clock)];
+    let Accepted::New(exchange) = host.accept(RequestId::new(), &paths[0], 1) else {
+        panic!("it is new")
+    };
+    exchange.write([Bytes::from_static(b"an answer")]);
+    exchange.flush();
+    let moves = std::cell::Cell::new(0);
+    let started = clock.now();
+    while !host.is_empty() && clock.now() - started < 2 * PATIENCE {
+        for path in &paths {
+            path.fill(&mut BytesMut::new());
+        }
+        tokio::time::advance(TICK).await;
+        let other = |not: Option<&Arc<Path>>| {
+            let mut others = paths.iter();
+            others
+                .find(|path| not.is_none_or(|not| !Arc::ptr_eq(path, not)))
+                .cloned()
+        };
+        moves.set(moves.get() + host.tick(|_, not| other(not)));
+    }
+    assert!(moves.get() > 1, "it tried both");
+    assert_eq!(exchange.ended(), Some(Code::PathLost));
+}

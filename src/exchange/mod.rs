@@ -510,8 +510,11 @@ impl Exchange {
             return false;
         }
         state.moved = true;
+        // Who leaves a path for another because nobody answers has not been answered yet.
+        let asked_since = state.asked_since.filter(|_| state.path.is_some());
         state.reroutes += u32::from(state.path.is_some());
         self.move_to(&mut state, path, self.clock.now());
+        state.asked_since = asked_since;
         true
     }
 
