@@ -202,6 +202,9 @@ impl Cluster {
     /// An agent as a process, dialling an address.
     pub async fn agent_process(&self, tenant: &Tenant, at: SocketAddr, connections: u32) -> Process {
         let log = self.dir.path().join(format!("agent-{}.log", rand::random::<u32>()));
+        // Not in the nodes' directory, whose adit.toml is theirs.
+        let home = self.dir.path().join("agent");
+        fs::create_dir_all(&home).expect("a directory");
         let mut command = Command::new(env!("CARGO_BIN_EXE_adit"));
         command
             .args(["http", &tenant.upstream().to_string(), "--client", &tenant.name])
@@ -210,7 +213,7 @@ impl Cluster {
             .env_clear()
             .env("ADIT_TOKEN", &tenant.token)
             .env("ADIT_LOG", "info,adit=debug")
-            .current_dir(self.dir.path());
+            .current_dir(home);
         let before = self.tunnels().await;
         let agent = Process::start(command, &log);
         eventually("the agent process has its tunnels", async || {
