@@ -352,6 +352,26 @@ impl Redis {
         }
     }
 
+    /// A Sentinel that watches this server under a name.
+    pub fn sentinel(&self, name: &str) -> Self {
+        let dir = new_dir();
+        let file = dir.path().join("sentinel.conf");
+        let watch = format!("sentinel monitor {name} 127.0.0.1 {} 1\n", self.port());
+        fs::write(&file, watch).expect("written");
+        let file = text(&file);
+        let command = |port: u16| {
+            let port = port.to_string();
+            let own = [&file, "--sentinel", "--port", &port, "--bind", "127.0.0.1"];
+            let mut command = vec![program("redis-server")];
+            command.extend(own.map(str::to_owned));
+            command
+        };
+        Self {
+            server: Server::start(dir, "+monitor master", command),
+            password: None,
+        }
+    }
+
     /// Where it is reached, with its password.
     pub fn url(&self) -> String {
         let password = self.password.as_ref().map(|password| format!(":{password}@"));
