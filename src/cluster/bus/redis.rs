@@ -35,6 +35,8 @@ const MAX_BATCH_BYTES: usize = 256 * 1024;
 const MAX_BATCH: usize = 512;
 /// Pipelines on their way: one being answered, one being sent.
 const MAX_FLIGHTS: usize = 2;
+/// The client of a Redis Cluster does not keep the order of what is sent at once.
+const MAX_FLIGHTS_SHARDED: usize = 1;
 /// A command that costs the queue this much beside its payload, bytes.
 const COMMAND: usize = 64;
 /// An idle connection is asked whether it lives this often. Commands not answered in time mean that it does not.
@@ -324,6 +326,11 @@ impl Link {
     /// Sends what is asked for until the connection breaks.
     async fn serve(&self, connection: Connection, gone: &Notify, received: &AtomicU64) -> RedisError {
         let mut flights: FuturesOrdered<BoxFuture<'_, Result<(), RedisError>>> = FuturesOrdered::new();
+        let most_flights = if connection.is_sharded() {
+            MAX_FLIGHTS_SHARDED
+        } else {
+            MAX_FLIGHTS
+        };
         let mut pings = tokio::time::interval(PING_EVERY);
         pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -338,7 +345,7 @@ impl Link {
                     let since = if flights.is_empty() { 0 } else { self.now_ms() };
                     self.waits_since.store(since, Ordering::Relaxed);
                 }
-                () = self.work.notified(), if flights.len() < MAX_FLIGHTS => {
+                () = self.work.notified(), if flights.len() < most_flights => {
                     let batch = self.queue().take();
                     self.room.notify_waiters();
                     if batch.is_empty() {

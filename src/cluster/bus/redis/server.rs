@@ -1,11 +1,11 @@
 //! Which Redis: one server, the master that Sentinels name, or a Cluster, by the form of the URL; and a connection to it.
 
-use std::{fmt, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use futures_util::{FutureExt, future::join_all};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, PushInfo, RedisError,
-    Value,
+    Arg, AsyncConnectionConfig, Client, Cmd, ConnectionInfo, IntoConnectionInfo, Pipeline, ProtocolVersion, PushInfo,
+    RedisError, Value,
     aio::{ConnectionLike, MultiplexedConnection, SendError},
     cluster::ClusterClientBuilder,
     cluster_async::ClusterConnection,
@@ -186,15 +186,59 @@ impl Connection {
     pub async fn send(&mut self, pipeline: &Pipeline, count: usize) -> Result<Vec<Value>, RedisError> {
         match self {
             Connection::One(connection) => connection.send_packed_commands(pipeline, 0, count).await,
-            // Channels of one pipeline live on several shards: command by command.
-            Connection::Cluster(connection) => {
-                let answers = pipeline.cmd_iter().map(|command| {
-                    let mut connection = connection.clone();
-                    async move { connection.req_packed_command(command).await }.boxed()
-                });
-                join_all(answers).await.into_iter().collect()
-            }
+            Connection::Cluster(connection) => by_channel(connection, pipeline, count).await,
         }
+    }
+}
+
+/// Channels of one pipeline live on several shards, and the client sends what it is given at once in any order: so what
+/// is published on one channel goes as a pipeline of its own, and all else command by command.
+async fn by_channel(
+    connection: &ClusterConnection,
+    pipeline: &Pipeline,
+    count: usize,
+) -> Result<Vec<Value>, RedisError> {
+    let mut groups: Vec<(Pipeline, Vec<usize>)> = Vec::new();
+    let mut of_channel: HashMap<&[u8], usize> = HashMap::new();
+    for (at, command) in pipeline.cmd_iter().enumerate() {
+        let next = groups.len();
+        let group = match published_on(command) {
+            Some(channel) => *of_channel.entry(channel).or_insert(next),
+            None => next,
+        };
+        if group == next {
+            groups.push(Default::default());
+        }
+        groups[group].0.add_command(command.clone());
+        groups[group].1.push(at);
+    }
+    let answers = groups.into_iter().map(|(pipeline, places)| {
+        let mut connection = connection.clone();
+        async move {
+            let commands: Vec<&Cmd> = pipeline.cmd_iter().collect();
+            let answers = match commands[..] {
+                [command] => vec![connection.req_packed_command(command).await?],
+                _ => connection.req_packed_commands(&pipeline, 0, places.len()).await?,
+            };
+            Ok::<_, RedisError>(places.into_iter().zip(answers).collect::<Vec<_>>())
+        }
+        .boxed()
+    });
+    let mut all = vec![Value::Nil; count];
+    for answers in join_all(answers).await {
+        for (at, answer) in answers? {
+            all[at] = answer;
+        }
+    }
+    Ok(all)
+}
+
+/// The channel of a command that publishes.
+fn published_on(command: &Cmd) -> Option<&[u8]> {
+    let mut words = command.args_iter();
+    match (words.next(), words.next()) {
+        (Some(Arg::Simple(b"SPUBLISH")), Some(Arg::Simple(channel))) => Some(channel),
+        _ => None,
     }
 }
 
