@@ -99,7 +99,10 @@ impl Node {
     async fn joins(&mut self, channel: &Channel) {
         self.bus.subscribe(channel.clone());
         let mark = RequestId::new().to_string();
-        assert!(matches!(self.publish(channel, mark.clone()).await, Reached::Somebody(_)));
+        assert!(matches!(
+            self.publish(channel, mark.clone()).await,
+            Reached::Somebody(_)
+        ));
         while self.hears().await != mark {}
     }
 }
@@ -324,7 +327,11 @@ async fn a_redis_that_stalls_is_not_given_more_than_a_bounded_backlog() {
         let before = one.bus.counts().dropped;
         let receipt = one.bus.publish(channel.clone(), message.into());
         if one.bus.counts().dropped > before {
-            assert_eq!(receipt.reached().await, Reached::Unsent, "what is dropped is known to be");
+            assert_eq!(
+                receipt.reached().await,
+                Reached::Unsent,
+                "what is dropped is known to be"
+            );
             continue;
         }
         accepted.push(number);
@@ -390,7 +397,10 @@ async fn sentinels_say_where_redis_is() {
 async fn cluster() -> Vec<Redis> {
     let options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"];
     let servers: Vec<Redis> = (0..3).map(|_| Redis::with(&options)).collect();
-    for (server, slots) in servers.iter().zip([("0", "5461"), ("5462", "10922"), ("10923", "16383")]) {
+    for (server, slots) in servers
+        .iter()
+        .zip([("0", "5461"), ("5462", "10922"), ("10923", "16383")])
+    {
         assert_eq!(server.command(&["CLUSTER", "ADDSLOTSRANGE", slots.0, slots.1]), "OK");
         let port = servers[0].port().to_string();
         assert_eq!(server.command(&["CLUSTER", "MEET", "127.0.0.1", &port]), "OK");
@@ -426,13 +436,18 @@ async fn a_redis_cluster_shares_the_channels_among_its_servers() {
     }
     for number in 0..300_usize {
         within("room", one.bus.room()).await;
-        one.bus.publish(channels[number % 60].clone(), number.to_string().into());
+        one.bus
+            .publish(channels[number % 60].clone(), number.to_string().into());
     }
     // In order on each channel; between servers there is no order.
     let mut last = vec![None; 60];
     for _ in 0..300 {
         let number: usize = String::from_utf8_lossy(&other.hears().await).parse().expect("a number");
-        assert!(last[number % 60] < Some(number));
+        assert!(
+            last[number % 60] < Some(number),
+            "{number} after {:?}",
+            last[number % 60]
+        );
         last[number % 60] = Some(number);
     }
 }

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use crate::{
     LONG, MOVED,
-    cluster::{Cluster, Plan, eventually},
-    harness::within,
+    cluster::{Cluster, Plan, eventually, tenant::Broken},
+    harness::{until, within},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -58,6 +58,39 @@ async fn downloads_that_pass_through_a_node_that_is_killed_go_on_through_another
     for agent in agents {
         agent.stop().await;
     }
+    cluster.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_entered_through_a_node_that_is_killed_breaks_and_its_upstream_is_left_alone() {
+    let mut cluster = Cluster::with(Plan {
+        nodes: 3,
+        // A host that hears of nobody gives up this much and fifteen seconds later.
+        settings: "[tunnels]\nresume_timeout = \"1s\"\n",
+        ..Plan::default()
+    })
+    .await;
+    let tenant = cluster.tenant("home", 1).await;
+    let ingress = cluster.nodes[2].public;
+    cluster.balancer.spare(ingress);
+    let agent = cluster.agent(&tenant, cluster.balancer.address, 2).await;
+    let mut downs = Vec::new();
+    for stream in 0..4 {
+        let mut down = tenant.begin(ingress, stream, LONG).await.expect("it begins");
+        down.read(1).await.expect("it has begun");
+        downs.push(down);
+    }
+    assert_eq!(tenant.open(), 4);
+    cluster.nodes[2].kill().await;
+    for down in downs {
+        let end = down.rest().await;
+        assert!(matches!(end, Err(Broken::Body)), "{end:?}");
+    }
+    let others = tenant.download(cluster.nodes[0].public, 10, 100_000).await;
+    others.expect("nobody else is concerned");
+    until("the upstream is left alone", || tenant.open() == 0).await;
+    assert_eq!(tenant.most_calls(), 1, "each once");
+    agent.stop().await;
     cluster.ends().await;
 }
 
@@ -110,7 +143,10 @@ async fn a_rolling_restart_of_every_node_is_noticed_by_nobody() {
         node.signal("TERM");
         node.is_ready(503, "leaving").await;
         cluster.balancer.spare(public);
-        eventually("its agents are elsewhere", async || node.metric("adit_tunnels").await == 0).await;
+        eventually("its agents are elsewhere", async || {
+            node.metric("adit_tunnels").await == 0
+        })
+        .await;
         more(20).await;
         for down in entered {
             down.rest().await.expect("whole");
