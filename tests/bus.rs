@@ -26,9 +26,10 @@ async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let mut looks = tokio::time::interval(Duration::from_millis(5));
     within(what, async {
         while !holds().await {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            looks.tick().await;
         }
     })
     .await;

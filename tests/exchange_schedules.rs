@@ -385,3 +385,28 @@ async fn a_host_that_nobody_answers_gives_up_also_with_two_tunnels_to_try() {
     assert!(moves.get() > 1, "it tried both");
     assert_eq!(exchange.ended(), Some(Code::PathLost));
 }
+
+/// What ended while it was on its way back is nobody's to send elsewhere: who waits for that would try for ever.
+#[tokio::test(start_paused = true)]
+async fn an_exchange_that_reached_nobody_and_has_ended_goes_nowhere() {
+    use futures_util::FutureExt;
+    let (clock, id) = (Clock::default(), RequestId::new());
+    let owner = Owner {
+        client_id: "home".parse().expect("a client id"),
+        instance_id: InstanceId::new(),
+    };
+    let ingress = Arc::new(Exchanges::new(clock, Duration::from_secs(30)));
+    let path = Path::new(owner, clock);
+    let open = ingress.open(id, &path);
+    open.exchange.write([Bytes::from_static(b"a request")]);
+    open.exchange.flush();
+    path.fill(&mut BytesMut::new());
+    assert!(
+        open.exchange.unreached().now_or_never().is_none(),
+        "it may have arrived"
+    );
+    ingress.open_returned(id);
+    assert!(open.exchange.unreached().now_or_never().is_some(), "it did not");
+    open.exchange.reset(Code::Timeout);
+    assert!(open.exchange.unreached().now_or_never().is_none(), "it is over");
+}

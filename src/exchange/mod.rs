@@ -303,7 +303,8 @@ impl Exchange {
     pub async fn unreached(&self) {
         std::future::poll_fn(|cx| {
             let mut state = self.state();
-            if state.unreached {
+            // One that has ended goes nowhere any more.
+            if state.unreached && state.ended.is_none() {
                 return Poll::Ready(());
             }
             state.watcher = Some(cx.waker().clone());

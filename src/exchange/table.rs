@@ -191,7 +191,8 @@ impl Exchanges {
     /// Forgets an exchange; at the host it stays known as over.
     pub fn remove(&self, exchange: &Exchange) {
         let known = self.shard(exchange.id).remove(&exchange.id);
-        if !exchange.is_whole() {
+        let whole = exchange.is_whole();
+        if !whole {
             // The word of it may be lost with its tunnel: then its host asks by another, perhaps at another node.
             self.listen(exchange);
         }
@@ -200,7 +201,7 @@ impl Exchanges {
             .as_ref()
             .filter(|_| exchange.listens.load(Ordering::Relaxed))
         {
-            way_back.close(exchange.id, exchange.is_whole());
+            way_back.close(exchange.id, whole);
         }
         if exchange.role == Role::Host && known.is_some() {
             let code = exchange.ended().unwrap_or(Code::Finished);

@@ -27,6 +27,13 @@ const BUS_LOOK: Duration = Duration::from_millis(50);
 
 /// A tunnel of the client, not one of `not`'s if given. Waits for one if the client was just here.
 pub(super) async fn route(state: &State, client: &Client, not: Option<&Owner>) -> Result<Arc<Tunnel>, Cause> {
+    let here = state
+        .tunnels
+        .pick(&client.client_id, not)
+        .filter(|tunnel| tunnel.is_here());
+    if let Some(tunnel) = here {
+        return Ok(tunnel);
+    }
     let looked = look_up(state, &client.client_id, None).await;
     match state.tunnels.pick(&client.client_id, not) {
         Some(tunnel) => reachable(state, tunnel).await,
@@ -75,20 +82,9 @@ async fn reachable(state: &State, tunnel: Arc<Tunnel>) -> Result<Arc<Tunnel>, Ca
     Ok(tunnel)
 }
 
-/// Asks the registry which peers hold tunnels of this client, unless one is here or it was asked just now.
-pub(super) async fn look_up(
-    state: &State,
-    client_id: &ClientId,
-    fresh_for: Option<Duration>,
-) -> Result<(), RegistryAway> {
+/// Asks the registry which peers hold tunnels of this client, unless it was asked just now.
+async fn look_up(state: &State, client_id: &ClientId, fresh_for: Option<Duration>) -> Result<(), RegistryAway> {
     if state.peers.bus().is_alone() || !state.tunnels.is_stale(client_id, fresh_for) {
-        return Ok(());
-    }
-    let here = state
-        .tunnels
-        .pick(client_id, None)
-        .is_some_and(|tunnel| tunnel.is_here());
-    if here && fresh_for.is_none() {
         return Ok(());
     }
     let holders = state.registry.holders(client_id).await?;

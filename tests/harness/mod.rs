@@ -133,7 +133,7 @@ impl TestRelay {
     }
 
     /// Two nodes of one relay: downstreams at the one, agents at the other.
-    async fn two(config: RelayConfig, hub: &Arc<Hub>) -> Self {
+    pub async fn two(config: RelayConfig, hub: &Arc<Hub>) -> Self {
         let mut one = Self::start_node(Relay::on_hub(config.clone(), hub.clone()), "127.0.0.1:0").await;
         let other = Self::start_node(Relay::on_hub(config, hub.clone()), "127.0.0.1:0").await;
         one.agents = other.address;

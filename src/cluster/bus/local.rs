@@ -37,6 +37,8 @@ enum Delivery {
 /// What the nodes of a process share.
 #[derive(Default)]
 pub struct Hub {
+    /// Whether several nodes may be on it.
+    shared: bool,
     /// Guards who listens where; held for a look-up, never across an await.
     table: Mutex<Table>,
 }
@@ -44,7 +46,6 @@ pub struct Hub {
 #[derive(Default)]
 struct Table {
     next: u64,
-    shared: bool,
     nodes: HashMap<u64, Node>,
     channels: HashMap<Channel, Vec<u64>>,
     faults: Option<(Faults, SmallRng)>,
@@ -55,6 +56,8 @@ struct Node {
     held_back: Option<Bytes>,
     /// The queue was full: it has to be told that it missed something.
     missed: bool,
+    /// Messages lost, repeated or held back on purpose.
+    tampered: u64,
 }
 
 impl Hub {
@@ -65,9 +68,10 @@ impl Hub {
 
     /// For several nodes.
     pub fn shared() -> Arc<Self> {
-        let hub = Self::default();
-        hub.table().shared = true;
-        Arc::new(hub)
+        Arc::new(Self {
+            shared: true,
+            ..Self::default()
+        })
     }
 
     /// From now on it misbehaves, the same way for the same seed and the same messages.
@@ -78,6 +82,11 @@ impl Hub {
     /// From now on it behaves.
     pub fn behave(&self) {
         self.table().faults = None;
+    }
+
+    /// How many messages it has lost, repeated or held back on purpose.
+    pub fn tampered_with(&self) -> u64 {
+        self.table().nodes.values().map(|node| node.tampered).sum()
     }
 
     /// Tells every node that it may have missed messages, as a bus does that was cut.
@@ -99,6 +108,7 @@ impl Hub {
             deliveries,
             held_back: None,
             missed: false,
+            tampered: 0,
         };
         table.nodes.insert(id, node);
         Endpoint {
@@ -131,14 +141,17 @@ impl Node {
             return self.put(Delivery::Message(message.clone()));
         };
         if rng.random_bool(faults.loss) {
+            self.tampered += 1;
             return;
         }
         if self.held_back.is_none() && rng.random_bool(faults.reorder) {
+            self.tampered += 1;
             self.held_back = Some(message.clone());
             return;
         }
         self.put(Delivery::Message(message.clone()));
         if rng.random_bool(faults.duplicate) {
+            self.tampered += 1;
             self.put(Delivery::Message(message.clone()));
         }
         if let Some(late) = self.held_back.take() {
@@ -160,7 +173,7 @@ pub(super) struct Endpoint {
 
 impl Endpoint {
     pub fn is_alone(&self) -> bool {
-        !self.hub.table().shared
+        !self.hub.shared
     }
 
     pub fn publish(&self, channel: &Channel, message: &Bytes) -> Receipt {
