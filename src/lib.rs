@@ -23,9 +23,9 @@
 //!   ┊  when another node holds the tunnel, the path's frames go there first, and nothing else is different:
 //!   ┊    cluster::peer       takes the path's frames out in turns, as letters (cluster::letter)
 //!   ┊    cluster::bus        to the inbox of that node ⇢ relay::inbox there ⇢ the tunnel's path, as they are
-//!   ┊    and back: relay::accept there ⇢ the exchange's own channel ⇢ relay::inbox here ⇢ the exchange
+//!   ┊    and back: relay::taker there ⇢ the exchange's own channel ⇢ relay::inbox here ⇢ the exchange
 //!   │  agent::slot, dial   holds a tunnel open: dials, says hello, dials again
-//!   │  agent::host         frames of all tunnels to their exchanges
+//!   │  exchange::hosting   frames of all tunnels to their exchanges
 //!   │  exchange::host      the other end of the exchange: serves it with a function from request to response
 //!   │  agent::upstream     that function: calls the local server
 //! upstream

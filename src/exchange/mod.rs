@@ -4,7 +4,8 @@
 //!
 //! - [`ingress`] and [`host`]: what each end does with the streams
 //! - [`body`]: an HTTP body read from a stream, and one written to it
-//! - [`table`]: all exchanges of a process; time, cut paths and resumption
+//! - [`table`]: all exchanges of a process; time, cut paths and resumption · [`hosting`]: those it is the host of, and its
+//!   tunnels
 //! - [`path`]: where frames go, in turns; [`link`]: the WebSocket that carries them. A path over the bus to another node
 //!   is the same to an exchange
 //!
@@ -25,6 +26,7 @@ use tokio::time::Instant;
 
 pub mod body;
 pub mod host;
+pub mod hosting;
 pub mod ingress;
 pub mod link;
 pub mod path;

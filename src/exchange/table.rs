@@ -3,6 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
+    hash::{BuildHasherDefault, DefaultHasher},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -37,6 +38,9 @@ pub trait WayBack: Send + Sync {
     fn close(&self, id: RequestId, whole: bool);
 }
 
+/// The same ids are in the same order in every run, so that a simulation can be replayed; their relay chose them.
+type Shard = HashMap<RequestId, Arc<Exchange>, BuildHasherDefault<DefaultHasher>>;
+
 /// The exchanges of one process.
 pub struct Exchanges {
     clock: Clock,
@@ -44,7 +48,7 @@ pub struct Exchanges {
     /// At the ingress of a relay.
     way_back: Option<Arc<dyn WayBack>>,
     /// Each guards a part of the map; held for a look-up.
-    shards: [Mutex<HashMap<RequestId, Arc<Exchange>>>; SHARDS],
+    shards: [Mutex<Shard>; SHARDS],
     /// Paths on which finished exchanges wait to be reported.
     done_on: Mutex<Vec<Arc<Path>>>,
     /// At the host: what is over, so that an OPEN that comes late never calls the upstream again.
@@ -121,7 +125,7 @@ impl Exchanges {
         self.clock
     }
 
-    fn shard(&self, id: RequestId) -> MutexGuard<'_, HashMap<RequestId, Arc<Exchange>>> {
+    fn shard(&self, id: RequestId) -> MutexGuard<'_, Shard> {
         // The last byte of a UUIDv7 is random.
         let at = usize::from(id.to_bytes()[15]) % SHARDS;
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)

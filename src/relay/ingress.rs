@@ -87,12 +87,12 @@ async fn serve_recorded(
     let (mut asked, mut body) = ask(state, arrival).await?;
     let mut not = None;
     loop {
-        let tunnel = router::route(state, &asked.client, not.as_ref()).await?;
-        let open = state.exchanges.open(request_id, &tunnel.path);
+        let tunnel = router::route(&state.board, &asked.client, not.as_ref()).await?;
+        let open = state.board.exchanges.open(request_id, &tunnel.path);
         let exchange = open.exchange.clone();
         let called = tokio::select! {
             called = call(state, &asked, open, body.take()) => called.map_err(Failed::Exchange),
-            failed = router::follow(state, &asked, &exchange) => Err(failed),
+            failed = router::follow(&state.board, &asked.client, asked.repeatable, &exchange) => Err(failed),
         };
         let failed = match called {
             Ok(answer) => match respond::respond(state, &mut asked, answer, record).await {
