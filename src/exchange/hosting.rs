@@ -98,6 +98,11 @@ impl<S: Service> Host<S> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Exchanges that are being served, or wait for a tunnel.
+    pub fn exchanges(&self) -> usize {
+        self.exchanges.len()
+    }
+
     /// A tunnel is up: exchanges that wait for one go on over it.
     pub fn link_up(self: &Arc<Self>, relay_waits: Duration) -> (Arc<Path>, LinkTaker<S>, ToldWatch) {
         self.exchanges.set_resume_timeout(relay_waits + RESUME_GRACE);

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
-    hash::{BuildHasherDefault, DefaultHasher},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -16,7 +15,7 @@ use super::{
     path::{Owner, Path},
 };
 use crate::{
-    ids::RequestId,
+    ids::{ReplayableMap, RequestId, TunnelId},
     wire::frame::{Code, Frame},
 };
 
@@ -38,8 +37,7 @@ pub trait WayBack: Send + Sync {
     fn close(&self, id: RequestId, whole: bool);
 }
 
-/// The same ids are in the same order in every run, so that a simulation can be replayed; their relay chose them.
-type Shard = HashMap<RequestId, Arc<Exchange>, BuildHasherDefault<DefaultHasher>>;
+type Shard = ReplayableMap<RequestId, Arc<Exchange>>;
 
 /// The exchanges of one process.
 pub struct Exchanges {
@@ -342,10 +340,10 @@ impl Exchanges {
             .for_each(Exchange::missed);
     }
 
-    /// An OPEN of this exchange came back undelivered.
-    pub fn open_returned(&self, id: RequestId) {
+    /// An OPEN of this exchange came back undelivered from this tunnel.
+    pub fn open_returned(&self, id: RequestId, tunnel_ws_id: TunnelId) {
         if let Some(exchange) = self.get(id) {
-            exchange.open_returned();
+            exchange.open_returned(tunnel_ws_id);
         }
     }
 

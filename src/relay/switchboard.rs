@@ -228,6 +228,8 @@ impl Switchboard {
             tracing::debug!(client.id = %lost.client_id, tunnel.id = %tunnel.id, "a peer's tunnel is gone");
             self.lose(&tunnel);
         }
-        lost.opens.iter().for_each(|id| self.exchanges.open_returned(*id));
+        for id in lost.opens {
+            self.exchanges.open_returned(id, lost.tunnel_ws_id);
+        }
     }
 }

@@ -2,7 +2,6 @@
 //! here a moment ago; and the requests that wait for a tunnel.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicU64, Ordering},
@@ -18,7 +17,7 @@ use crate::{
         Clock,
         path::{Owner, Path},
     },
-    ids::{ClientId, NodeId, TokenId, TunnelId},
+    ids::{ClientId, NodeId, ReplayableMap, TokenId, TunnelId},
     wire::frame::Frame,
 };
 
@@ -120,7 +119,7 @@ pub struct Tunnels {
     peers: Arc<Peers>,
     clock: Clock,
     /// Guards the table; held for a look-up or a change.
-    clients: RwLock<HashMap<ClientId, Held>>,
+    clients: RwLock<ReplayableMap<ClientId, Held>>,
 }
 
 /// What is known here of one client. While there is this, the node listens to the client's channel.
@@ -217,11 +216,11 @@ impl Tunnels {
         })
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, HashMap<ClientId, Held>> {
+    fn read(&self) -> RwLockReadGuard<'_, ReplayableMap<ClientId, Held>> {
         self.clients.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, HashMap<ClientId, Held>> {
+    fn write(&self) -> RwLockWriteGuard<'_, ReplayableMap<ClientId, Held>> {
         self.clients.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -229,7 +228,7 @@ impl Tunnels {
         self.clock.now().as_secs()
     }
 
-    fn entry<'a>(&self, clients: &'a mut HashMap<ClientId, Held>, client_id: &ClientId) -> &'a mut Held {
+    fn entry<'a>(&self, clients: &'a mut ReplayableMap<ClientId, Held>, client_id: &ClientId) -> &'a mut Held {
         clients.entry(client_id.clone()).or_insert_with(|| {
             self.peers.bus().subscribe(Channel::Client(client_id.clone()));
             Held::unseen(self.now())

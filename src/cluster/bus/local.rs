@@ -2,7 +2,7 @@
 //! repeat, reorder and delay, and cut nodes off, under a seed.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -54,7 +54,7 @@ pub struct Hub {
 #[derive(Default)]
 struct Table {
     next: u64,
-    nodes: HashMap<u64, Node>,
+    nodes: BTreeMap<u64, Node>,
     channels: HashMap<Channel, Vec<u64>>,
     faults: Option<(Faults, SmallRng)>,
 }
