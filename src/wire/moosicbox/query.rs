@@ -39,8 +39,8 @@ pub fn decode(text: &[u8]) -> Vec<u8> {
 /// The value of the last parameter of this name.
 pub(super) fn value(query: &[u8], name: &str) -> Option<Vec<u8>> {
     let pairs = query.split(|&byte| byte == b'&').map(|pair| split_once(pair, b'='));
-    let named = pairs.filter(|(given, _)| decode(given) == name.as_bytes());
-    named.last().map(|(_, value)| decode(value))
+    let mut named = pairs.filter(|(given, _)| decode(given) == name.as_bytes());
+    named.next_back().map(|(_, value)| decode(value))
 }
 
 /// Before and after the first of these bytes; all before, when there is none.
