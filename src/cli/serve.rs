@@ -211,6 +211,12 @@ mod tests {
     }
 
     #[test]
+    fn of_two_names_of_a_setting_our_own_wins() {
+        let found = config(&["--admin-token=ours", "--tunnel-access-token=theirs"]);
+        assert_eq!(found.admin_token.expect("set").expose(), "ours");
+    }
+
+    #[test]
     fn an_empty_value_is_no_value() {
         assert_eq!(
             config(&[
