@@ -3,6 +3,7 @@
 //! In the order in which a request meets them:
 //! - [`downstream`]: connections, their limits and deadlines
 //! - [`routes`]: every route · [`strict`]: which heads are let in · [`client_of`]: whose they are
+//! - `auth_api`: credentials, made and checked · `cors`: who else's pages may read the answers
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
 //! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
@@ -21,8 +22,10 @@ use tokio_util::task::TaskTracker;
 pub mod accept;
 pub mod admin;
 pub mod auth;
+mod auth_api;
 mod authority;
 pub mod client_of;
+mod cors;
 pub mod downstream;
 pub mod forward;
 pub mod forwarded;
