@@ -141,6 +141,7 @@ pub mod config;
 pub mod error;
 pub mod exchange;
 pub mod ids;
+mod planted;
 pub mod relay;
 pub mod secret;
 pub mod shutdown;

@@ -21,7 +21,10 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::{
+    RngExt, SeedableRng,
+    rngs::{SmallRng, StdRng},
+};
 
 use super::{node::Node, world::World};
 
@@ -38,8 +41,8 @@ impl Name {
         headers.get(NAME)?.to_str().ok()?.parse().ok().map(Self)
     }
 
-    fn random(self, what: u64) -> StdRng {
-        StdRng::seed_from_u64(self.0 ^ (what << 56))
+    fn random(self, what: u64) -> SmallRng {
+        SmallRng::seed_from_u64(self.0 ^ (what << 56))
     }
 
     /// What goes up: a third of them nothing.
@@ -54,7 +57,7 @@ impl Name {
     }
 }
 
-fn bytes(random: &mut StdRng, sizes: &[usize]) -> Bytes {
+fn bytes(random: &mut SmallRng, sizes: &[usize]) -> Bytes {
     let size = sizes[random.random_range(0..sizes.len())];
     let mut bytes = vec![0; size];
     random.fill(bytes.as_mut_slice());

@@ -233,6 +233,9 @@ impl World {
             return Err(format!("{name:?} was called {times} times"));
         }
         for node in self.nodes(false) {
+            if node.freezer.spins() {
+                return Err(format!("{} spins", node.name()));
+            }
             let known = node.board.tunnels.known();
             let slots: HashSet<_> = known
                 .iter()
