@@ -30,7 +30,7 @@ macro_rules! uuid_id {
             }
 
             /// From the 16 bytes of the wire. Any 16 bytes are an id.
-            pub fn from_bytes(bytes: [u8; 16]) -> Self {
+            pub const fn from_bytes(bytes: [u8; 16]) -> Self {
                 Self(Uuid::from_bytes(bytes))
             }
         }

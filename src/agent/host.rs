@@ -13,6 +13,9 @@ use crate::{
     wire::fields,
 };
 
+/// Exchanges on one tunnel.
+pub(super) const MAX_EXCHANGES: usize = 16 * 1024;
+
 /// Serves exchanges from the upstream.
 pub(super) struct Upstream {
     caller: Caller,

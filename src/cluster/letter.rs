@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     exchange::path::Owner,
     ids::{ClientId, InstanceId, NodeId, RequestId, TokenId, TunnelId},
+    wire::Dialect,
 };
 
 const VERSION: u8 = 1;
@@ -36,8 +37,12 @@ pub struct Card {
     pub instance_id: InstanceId,
     /// Which of that process's tunnels it is.
     pub slot: u32,
-    /// How often the agent had dialled for this slot: of two in a slot the higher is the newer.
+    /// How often the agent had dialled for this slot: of two in a slot the higher is the newer. A MoosicBox server does
+    /// not count: when it came, UTC epoch milliseconds.
     pub generation: u64,
+    /// What is spoken in it.
+    #[serde(default)]
+    pub dialect: Dialect,
     /// The access token it was opened with: revoking that closes it.
     pub token_id: TokenId,
 }
@@ -267,6 +272,7 @@ fn put_card(out: &mut BytesMut, card: &Card) {
     out.put_slice(&card.instance_id.to_bytes());
     out.put_u32(card.slot);
     out.put_u64(card.generation);
+    out.put_u8(u8::from(card.dialect == Dialect::MoosicBox));
     out.put_slice(&card.token_id.to_bytes());
     put_client(out, &card.client_id);
 }
@@ -278,9 +284,18 @@ fn card(bytes: &mut Bytes) -> Result<Card, Unreadable> {
         instance_id: InstanceId::from_bytes(id(bytes)?),
         slot: bytes.try_get_u32().map_err(|_| Unreadable)?,
         generation: bytes.try_get_u64().map_err(|_| Unreadable)?,
+        dialect: dialect(bytes)?,
         token_id: TokenId::from_bytes(id(bytes)?),
         client_id: client(bytes)?,
     })
+}
+
+fn dialect(bytes: &mut Bytes) -> Result<Dialect, Unreadable> {
+    match bytes.try_get_u8() {
+        Ok(0) => Ok(Dialect::Adit),
+        Ok(1) => Ok(Dialect::MoosicBox),
+        _ => Err(Unreadable),
+    }
 }
 
 fn id(bytes: &mut Bytes) -> Result<[u8; 16], Unreadable> {
@@ -321,6 +336,7 @@ mod tests {
             instance_id: InstanceId::from_bytes([3; 16]),
             slot: 1,
             generation: 7,
+            dialect: Dialect::Adit,
             token_id: TokenId::from_bytes([6; 16]),
         };
         let (from, tunnel_ws_id, client_id) = (card.node_id, card.tunnel_ws_id, card.client_id.clone());
@@ -381,7 +397,7 @@ mod tests {
         let (four, five, k) = ("04".repeat(16), "05".repeat(16), "06".repeat(16));
         let expected = [
             format!("0101{n}{t}04686f6d656672616d6573"),
-            format!("0102{n}{t}{i}000000010000000000000007{k}04686f6d65000000fa6672616d6573"),
+            format!("0102{n}{t}{i}00000001000000000000000700{k}04686f6d65000000fa6672616d6573"),
             format!("0103{n}{t}04686f6d65{four}{five}"),
             format!("0105{n}{t}04686f6d65"),
         ];

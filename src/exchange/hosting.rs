@@ -22,8 +22,6 @@ use crate::wire::frame::{Code, Frame};
 
 /// How much longer than the relay the host keeps an exchange without a path: the relay gives up first, and says so.
 const RESUME_GRACE: Duration = Duration::from_secs(15);
-/// Exchanges on one tunnel; more are refused, and the relay tries elsewhere.
-const MAX_EXCHANGES: usize = 16 * 1024;
 /// What is in flight when the host is told to end gets this long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a goodbye may take to leave.
@@ -66,6 +64,8 @@ pub struct Host<S> {
     exchanges: Exchanges,
     /// Who serves.
     pub service: S,
+    /// Exchanges on one tunnel; more are refused, and the relay tries elsewhere.
+    limit: usize,
     /// The tunnels that are up; held to copy or change the list.
     links: Mutex<Vec<Arc<Path>>>,
     link_gone: Notify,
@@ -75,12 +75,13 @@ pub struct Host<S> {
 }
 
 impl<S: Service> Host<S> {
-    /// Without a tunnel yet.
-    pub fn new(owner: Owner, service: S) -> Self {
+    /// Without a tunnel yet. More than `limit` exchanges on one are refused: the relay tries elsewhere.
+    pub fn new(owner: Owner, service: S, limit: usize) -> Self {
         Self {
             owner,
             exchanges: Exchanges::new(Clock::default(), RESUME_GRACE),
             service,
+            limit,
             links: Mutex::default(),
             link_gone: Notify::new(),
             tasks: TaskTracker::new(),
@@ -219,7 +220,7 @@ pub struct LinkTaker<S> {
 impl<S: Service> LinkTaker<S> {
     fn open(&self, frame: Frame, path: &Arc<Path>) -> Result<(), NotYours> {
         let Frame::Open(id, _) = &frame else { return Ok(()) };
-        match self.host.exchanges.accept(*id, path, MAX_EXCHANGES) {
+        match self.host.exchanges.accept(*id, path, self.host.limit) {
             Accepted::New(exchange) => {
                 exchange.on_frame(frame, path)?;
                 self.host.serve(exchange);

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Sleep,
@@ -87,6 +87,55 @@ where
     std::future::poll_fn(|cx| link.poll(cx, timer.as_mut())).await
 }
 
+/// Carries frames between two paths of one process until either is closed: for a tunnel whose host is the relay itself.
+/// What comes out of `near` goes to the far end's taker, and the other way round.
+pub async fn join<N: Taker, F: Taker>(near: (&Arc<Path>, &N), far: (&Arc<Path>, &F)) -> LinkEnd {
+    std::future::poll_fn(|cx| {
+        near.0.register(cx.waker());
+        far.0.register(cx.waker());
+        for _ in 0..READS_A_TURN {
+            match (carry(near.0, far.0, far.1), carry(far.0, near.0, near.1)) {
+                (Err(end), _) | (_, Err(end)) => return Poll::Ready(end),
+                (Ok(false), Ok(false)) if near.0.is_closed() || far.0.is_closed() => {
+                    return Poll::Ready(LinkEnd::Closed);
+                }
+                (Ok(false), Ok(false)) => return Poll::Pending,
+                _ => {}
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
+}
+
+/// One message from one path to whoever takes it at the other end; false when there is none.
+fn carry<T: Taker>(from: &Arc<Path>, to: &Arc<Path>, taker: &T) -> Result<bool, LinkEnd> {
+    let mut message = BytesMut::new();
+    from.fill(&mut message);
+    if message.is_empty() {
+        return Ok(false);
+    }
+    take_message(message.freeze(), to, taker)?;
+    Ok(true)
+}
+
+fn take_message<T: Taker + ?Sized>(mut message: Bytes, path: &Arc<Path>, taker: &T) -> Result<(), LinkEnd> {
+    path.heard(path.clock().now());
+    while let Some(frame) = Frame::decode(&mut message)? {
+        match frame {
+            Frame::Ping(number) => path.send(Frame::Pong(number)),
+            Frame::Pong(sent_us) => {
+                let now = path.clock().now();
+                path.set_rtt(now.saturating_sub(Duration::from_micros(sent_us)));
+            }
+            other => taker.on_frame(other, path)?,
+        }
+    }
+    taker.on_message_end(path);
+    Ok(())
+}
+
 struct Link<'a, S, T: ?Sized> {
     socket: FrameSocket<S>,
     path: Arc<Path>,
@@ -112,39 +161,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin, T: Taker + ?Sized> Link<'_, S, T> {
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<LinkEnd> {
         for _ in 0..READS_A_TURN {
-            let mut message = match ready!(self.socket.poll_message(cx)) {
+            let message = match ready!(self.socket.poll_message(cx)) {
                 Some(Ok(message)) => message,
                 Some(Err(error)) => return Poll::Ready(error.into()),
                 None => return Poll::Ready(LinkEnd::PeerClosed),
             };
-            self.path.heard(self.path.clock().now());
-            loop {
-                match Frame::decode(&mut message) {
-                    Ok(Some(frame)) => {
-                        if let Err(end) = self.take(frame) {
-                            return Poll::Ready(end);
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(error) => return Poll::Ready(error.into()),
-                }
+            if let Err(end) = take_message(message, &self.path, self.taker) {
+                return Poll::Ready(end);
             }
-            self.taker.on_message_end(&self.path);
         }
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-
-    fn take(&self, frame: Frame) -> Result<(), LinkEnd> {
-        match frame {
-            Frame::Ping(number) => self.path.send(Frame::Pong(number)),
-            Frame::Pong(sent_us) => {
-                let now = self.path.clock().now();
-                self.path.set_rtt(now.saturating_sub(Duration::from_micros(sent_us)));
-            }
-            other => self.taker.on_frame(other, &self.path)?,
-        }
-        Ok(())
     }
 
     /// Writes what the path has until there is no more or the socket takes no more. Ready when all is flushed.

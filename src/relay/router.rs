@@ -15,7 +15,7 @@ use crate::{
     error::Cause,
     exchange::{Exchange, ingress::Failure, path::Owner},
     ids::ClientId,
-    wire::frame::Code,
+    wire::{Dialect, frame::Code},
 };
 
 /// A request that waits has the registry asked this often: news of a tunnel may have been lost.
@@ -103,7 +103,7 @@ async fn look_up(board: &Switchboard, client_id: &ClientId, fresh_for: Option<Du
     Ok(())
 }
 
-/// A row as a peer would tell of it. Tunnels of the MoosicBox dialect have no instance.
+/// A row as a peer would tell of it; `None`: of a version that this one does not know.
 fn card(holder: &Holder) -> Option<Card> {
     let row = &holder.tunnel;
     Some(Card {
@@ -113,6 +113,7 @@ fn card(holder: &Holder) -> Option<Card> {
         instance_id: row.instance_id?,
         slot: row.slot?,
         generation: u64::try_from(row.generation).ok()?,
+        dialect: Dialect::from_name(&row.dialect)?,
         token_id: row.token_id?,
     })
 }

@@ -2,6 +2,7 @@
 //! here a moment ago; and the requests that wait for a tunnel.
 
 use std::{
+    cmp::Reverse,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +20,7 @@ use crate::{
     },
     ids::{ClientId, NodeId, ReplayableMap, TokenId, TunnelId},
     planted::Bug,
-    wire::frame::Frame,
+    wire::{Dialect, frame::Frame},
 };
 
 /// What a peer holds is looked up again when it was last looked up so long ago: the longest that news which was lost
@@ -30,6 +31,9 @@ const SHUNNED_FOR: Duration = Duration::from_secs(2);
 /// A peer's tunnel that was heard of so lately may not be in the registry yet.
 const UNRECORDED_FOR: Duration = Duration::from_secs(3);
 
+/// In place of the token of a tunnel that was not opened with one: no token has this name.
+const NO_TOKEN: TokenId = TokenId::from_bytes([0; 16]);
+
 /// One agent WebSocket.
 #[derive(Debug)]
 pub struct Tunnel {
@@ -37,8 +41,10 @@ pub struct Tunnel {
     pub id: TunnelId,
     /// Which of its instance's tunnels it is.
     pub slot: u32,
-    /// The agent's count of its dials of this slot.
+    /// The agent's count of its dials of this slot, or when a MoosicBox server came.
     pub generation: u64,
+    /// What is spoken in it.
+    pub dialect: Dialect,
     /// The access token it was opened with: revoking that closes it.
     pub token_id: TokenId,
     /// Who holds it.
@@ -61,10 +67,20 @@ pub enum Place {
 impl Tunnel {
     /// A tunnel that this node holds.
     pub fn here(slot: u32, generation: u64, token_id: TokenId, path: Arc<Path>) -> Arc<Self> {
+        Self::of(Dialect::Adit, slot, generation, token_id, path)
+    }
+
+    /// A MoosicBox server's that this node holds. It has one, came with a signature, and says no more of itself.
+    pub fn of_moosicbox(came_ms: u64, path: Arc<Path>) -> Arc<Self> {
+        Self::of(Dialect::MoosicBox, 0, came_ms, NO_TOKEN, path)
+    }
+
+    fn of(dialect: Dialect, slot: u32, generation: u64, token_id: TokenId, path: Arc<Path>) -> Arc<Self> {
         Arc::new(Self {
             id: TunnelId::new(),
             slot,
             generation,
+            dialect,
             token_id,
             place: Place::Here,
             path,
@@ -77,6 +93,7 @@ impl Tunnel {
             id: card.tunnel_ws_id,
             slot: card.slot,
             generation: card.generation,
+            dialect: card.dialect,
             token_id: card.token_id,
             place: Place::At(card.node_id),
             path,
@@ -86,6 +103,11 @@ impl Tunnel {
 
     fn client_id(&self) -> &ClientId {
         &self.path.owner.client_id
+    }
+
+    /// When it came, if it is a MoosicBox server's: the newest of those gets all requests.
+    fn came_as_moosicbox(&self) -> Option<u64> {
+        (self.dialect == Dialect::MoosicBox).then_some(self.generation)
     }
 
     /// Whether this node holds it.
@@ -102,6 +124,7 @@ impl Tunnel {
             instance_id: self.path.owner.instance_id,
             slot: self.slot,
             generation: self.generation,
+            dialect: self.dialect,
             token_id: self.token_id,
         })
     }
@@ -341,15 +364,22 @@ impl Tunnels {
         tunnels.find(|tunnel| tunnel.id == id).cloned()
     }
 
-    /// The tunnel of a client with the fewest exchanges in flight: of those here, else of those at peers.
+    /// The tunnel of a client with the fewest exchanges in flight: of those here, else of those at peers. Of MoosicBox
+    /// servers the one that came last, wherever that is.
     pub fn pick(&self, client_id: &ClientId, not: Option<&Owner>) -> Option<Arc<Tunnel>> {
         let clients = self.read();
         let held = clients.get(client_id)?;
         held.used_at.store(self.now(), Ordering::Relaxed);
         let tunnels = held.tunnels.iter();
         let open = tunnels.filter(|tunnel| not != Some(&tunnel.path.owner) && tunnel.path.takes_more());
-        open.min_by_key(|tunnel| (!tunnel.is_here(), tunnel.path.in_flight()))
-            .cloned()
+        let rank = |tunnel: &&Arc<Tunnel>| {
+            (
+                Reverse(tunnel.came_as_moosicbox()),
+                !tunnel.is_here(),
+                tunnel.path.in_flight(),
+            )
+        };
+        open.min_by_key(rank).cloned()
     }
 
     /// A path of the same owner that is not the given one; rather one to a tunnel that is here.
@@ -470,6 +500,7 @@ mod tests {
             instance_id,
             slot,
             generation,
+            dialect: Dialect::Adit,
             token_id: TokenId::new(),
         }
     }

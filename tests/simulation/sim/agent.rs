@@ -32,6 +32,7 @@ use super::{
 };
 
 const SLOTS: u32 = 2;
+const MAX_EXCHANGES: usize = 1000;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a hostile agent speaks in an exchange that is not its own.
 const LIE_EVERY: Duration = Duration::from_millis(700);
@@ -54,7 +55,7 @@ impl Agent {
             world: world.clone(),
             owner: owner.clone(),
         };
-        let host = Arc::new(Host::new(owner, upstream));
+        let host = Arc::new(Host::new(owner, upstream, MAX_EXCHANGES));
         let mut tasks = JoinSet::new();
         for slot in 0..SLOTS {
             let random = StdRng::seed_from_u64(world.random(|random| random.random()));

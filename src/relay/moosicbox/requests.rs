@@ -1,0 +1,178 @@
+//! Requests that a MoosicBox server (the *sender*) is answering: each waits for its packets here, in any order and within
+//! bounds. Nothing slows a sender down but its socket not being read: whoever is too slow is given up.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Notify;
+
+use crate::{
+    exchange::body::Broken,
+    wire::{
+        frame::Code,
+        moosicbox::{Packet, Piece, Reassembler},
+    },
+};
+
+/// What one answer may hold that its downstream has not taken, bytes.
+const MAX_HELD: usize = 4 * 1024 * 1024;
+/// What may wait for a packet that is missing, bytes: what a sender has on its way out of order, and that is little.
+const MAX_EARLY: usize = 4 * 1024 * 1024 + 256 * 1024;
+
+/// The answers that are on their way, by request id.
+#[derive(Default)]
+pub(super) struct Requests {
+    /// Guards the map; held for a look-up.
+    answers: Mutex<HashMap<u64, Arc<Answer>>>,
+}
+
+/// One answer as it comes.
+pub(super) struct Answer {
+    /// Guards what has come of it; held to put a packet in or take a piece out.
+    state: Mutex<State>,
+    /// More has come, or nothing will.
+    came: Notify,
+    /// Something was taken.
+    taken: Notify,
+}
+
+struct State {
+    packets: Reassembler,
+    failed: Option<Code>,
+}
+
+impl Requests {
+    fn answers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Answer>>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new request, under an id that no other has now. The guard takes it out again.
+    pub fn begin(self: &Arc<Self>) -> InFlight {
+        let answer = Arc::new(Answer {
+            state: Mutex::new(State {
+                packets: Reassembler::new(MAX_EARLY),
+                failed: None,
+            }),
+            came: Notify::new(),
+            taken: Notify::new(),
+        });
+        let mut answers = self.answers();
+        let id = loop {
+            // 0 is everybody's.
+            let id = rand::random::<u64>().max(1);
+            if !answers.contains_key(&id) {
+                break id;
+            }
+        };
+        answers.insert(id, answer.clone());
+        drop(answers);
+        InFlight {
+            id,
+            answer,
+            requests: self.clone(),
+        }
+    }
+
+    /// A packet has come. Returns its answer if that now holds all it may: read no more before something is taken.
+    pub fn take(&self, packet: Packet) -> Option<Arc<Answer>> {
+        // One that is not known was given up, and the sender has not heard of it yet.
+        let answer = self.answers().get(&packet.request_id).cloned()?;
+        let is_full = answer.push(packet);
+        is_full.then_some(answer)
+    }
+
+    /// One has failed; all have, when the sender is gone.
+    pub fn fail(&self, which: Option<u64>, code: Code) {
+        let answers = self.answers();
+        let doomed = answers
+            .iter()
+            .filter(|(id, _)| which.is_none_or(|which| which == **id));
+        doomed.for_each(|(_, answer)| answer.fail(code));
+    }
+}
+
+impl Answer {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, packet: Packet) -> bool {
+        let mut state = self.state();
+        if let Err(error) = state.packets.push(packet) {
+            tracing::warn!(%error, "a MoosicBox server's answer cannot be put together");
+            state.failed.get_or_insert(Code::UpstreamFailed);
+        }
+        let is_full = state.packets.held() >= MAX_HELD && state.failed.is_none();
+        drop(state);
+        self.came.notify_one();
+        is_full
+    }
+
+    /// Nothing more of it is of use.
+    pub fn fail(&self, code: Code) {
+        self.state().failed.get_or_insert(code);
+        self.came.notify_one();
+        self.taken.notify_one();
+    }
+
+    /// Waits until there is room again, or nobody wants more.
+    pub async fn has_room(&self) {
+        loop {
+            {
+                let state = self.state();
+                if state.packets.held() < MAX_HELD || state.failed.is_some() {
+                    return;
+                }
+            }
+            self.taken.notified().await;
+        }
+    }
+
+    async fn next(&self) -> Result<Piece, Code> {
+        loop {
+            {
+                let mut state = self.state();
+                if let Some(piece) = state.packets.next_piece() {
+                    self.taken.notify_one();
+                    return Ok(piece);
+                }
+                if let Some(code) = state.failed {
+                    return Err(code);
+                }
+            }
+            self.came.notified().await;
+        }
+    }
+}
+
+/// A request that a sender was, or is about to be, asked. Dropping it forgets it.
+pub(super) struct InFlight {
+    /// Its name toward the sender.
+    pub id: u64,
+    answer: Arc<Answer>,
+    requests: Arc<Requests>,
+}
+
+impl InFlight {
+    /// The next piece of the answer.
+    pub async fn next(&self) -> Result<Piece, Code> {
+        self.answer.next().await
+    }
+
+    /// Whether the sender has said all.
+    pub fn has_ended(&self) -> bool {
+        self.answer.state().packets.has_ended()
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.requests.answers().remove(&self.id);
+        self.answer.fail(Code::Cancelled); // whoever waits for it to be taken need not
+    }
+}
+
+/// What a body that ends in the middle is reported as.
+pub(super) type BodyError = Broken;
