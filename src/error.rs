@@ -56,6 +56,9 @@ pub enum Cause {
     /// A body longer than this resource of the relay takes.
     #[error("the request body is longer than this resource takes: send a shorter one")]
     BodyTooLarge,
+    /// What serves the client takes another kind of body.
+    #[error("what serves this client takes JSON bodies only")]
+    UnsupportedMediaType,
     /// The downstream did not send its body in time.
     #[error("the request body did not arrive in time: send it without pauses of more than a minute")]
     RequestTimeout,
@@ -130,6 +133,7 @@ impl Cause {
                 (S::UNAUTHORIZED, "unauthorized")
             }
             Cause::BodyTooLarge => (S::PAYLOAD_TOO_LARGE, "body-too-large"),
+            Cause::UnsupportedMediaType => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type"),
             Cause::UnknownClient => (S::NOT_FOUND, "unknown-client"),
             Cause::NoClient => (S::NOT_FOUND, "no-client"),
             Cause::NotFound(_) => (S::NOT_FOUND, "not-found"),

@@ -49,44 +49,19 @@ pub struct Knock {
 
 /// Answers a request for a tunnel: 101, and the tunnel runs in a task of the relay's; or an error that says what to do.
 pub async fn accept(state: &Arc<State>, knock: Knock, headers: HeaderMap) -> Result<Response<OutBody>, Cause> {
-    if !knock.websocket {
-        return Err(Cause::BadRequest(
-            "a tunnel is a WebSocket: connect with `adit http`, or upgrade the connection",
-        ));
-    }
-    if !offers_adit(&headers) {
-        return Err(Cause::BadRequest(
-            "offer the WebSocket sub-protocol `adit.v1`; no other is spoken here",
-        ));
-    }
-    if state.is_draining() {
-        return Err(Cause::Unavailable(
-            "this relay node is leaving; connect again to reach another",
-        ));
-    }
     let token_id = state
         .auth
         .agent(&knock.client_id, knock.remote, &headers)
         .await
         .inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Agent))?;
-    let key = headers
-        .get(header::SEC_WEBSOCKET_KEY)
-        .ok_or(Cause::BadRequest("Sec-WebSocket-Key is missing"))?;
-    let response = switch(key)?;
-    drop(headers); // they would pin the read buffer of the connection for the tunnel's life
-    let on_upgrade = knock
-        .on_upgrade
-        .ok_or(Cause::BadRequest("this connection cannot become a WebSocket"))?;
-    let (state, client_id, remote) = (state.clone(), knock.client_id, knock.remote);
-    state.clone().tasks.spawn(async move {
-        if let Ok(upgraded) = on_upgrade.await {
-            Box::pin(run(state, client_id, token_id, remote, upgraded)).await;
-        }
-    });
-    Ok(response)
+    let (client_id, remote) = (knock.client_id.clone(), knock.remote);
+    switch(state, knock, headers, Some(SUBPROTOCOL), move |state, upgraded| {
+        run(state, client_id, token_id, remote, upgraded)
+    })
 }
 
-fn offers_adit(headers: &HeaderMap) -> bool {
+/// Whether the WebSocket that is asked for is an agent's.
+pub fn offers_adit(headers: &HeaderMap) -> bool {
     let offers = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
     offers
         .filter_map(|value| value.to_str().ok())
@@ -94,7 +69,45 @@ fn offers_adit(headers: &HeaderMap) -> bool {
         .any(|one| one.trim() == SUBPROTOCOL)
 }
 
-fn switch(key: &HeaderValue) -> Result<Response<OutBody>, Cause> {
+/// 101, and what `run` makes of the connection, in a task of the relay's. An error if there can be no WebSocket now.
+pub(super) fn switch<F>(
+    state: &Arc<State>,
+    knock: Knock,
+    headers: HeaderMap,
+    protocol: Option<&'static str>,
+    run: impl FnOnce(Arc<State>, Upgraded) -> F + Send + 'static,
+) -> Result<Response<OutBody>, Cause>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    if !knock.websocket {
+        return Err(Cause::BadRequest(
+            "a tunnel is a WebSocket: connect with `adit http`, or upgrade the connection",
+        ));
+    }
+    if state.is_draining() {
+        return Err(Cause::Unavailable(
+            "this relay node is leaving; connect again to reach another",
+        ));
+    }
+    let key = headers
+        .get(header::SEC_WEBSOCKET_KEY)
+        .ok_or(Cause::BadRequest("Sec-WebSocket-Key is missing"))?;
+    let response = switching(key, protocol)?;
+    drop(headers); // they would pin the read buffer of the connection for the tunnel's life
+    let on_upgrade = knock
+        .on_upgrade
+        .ok_or(Cause::BadRequest("this connection cannot become a WebSocket"))?;
+    let running = state.clone();
+    state.tasks.spawn(async move {
+        if let Ok(upgraded) = on_upgrade.await {
+            Box::pin(run(running, upgraded)).await;
+        }
+    });
+    Ok(response)
+}
+
+fn switching(key: &HeaderValue, protocol: Option<&'static str>) -> Result<Response<OutBody>, Cause> {
     let accept = HeaderValue::try_from(socket::accept_key(key.as_bytes())).map_err(|_| Cause::Internal)?;
     let mut response = Response::new(OutBody::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -102,7 +115,9 @@ fn switch(key: &HeaderValue) -> Result<Response<OutBody>, Cause> {
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
     headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
-    headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+    if let Some(protocol) = protocol {
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+    }
     Ok(response)
 }
 

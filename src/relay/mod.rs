@@ -8,6 +8,7 @@
 //! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
 //! - [`accept`]: the door that agents come in by · [`taker`]: what comes by it · [`inbox`]: what comes from peers
+//! - [`moosicbox`]: the tunnels of MoosicBox's servers, and their apps
 //! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
 
 use std::{
@@ -27,11 +28,13 @@ mod authority;
 pub mod client_of;
 mod cors;
 pub mod downstream;
+pub mod fanout;
 pub mod forward;
 pub mod forwarded;
 mod inbox;
 pub mod ingress;
 pub mod lifecycle;
+mod moosicbox;
 pub mod out_body;
 pub mod respond;
 pub mod router;
@@ -113,6 +116,14 @@ impl State {
     /// Whether the node is leaving.
     pub fn is_draining(&self) -> bool {
         self.drain_until.borrow().is_some()
+    }
+
+    /// Resolves when the node is leaving.
+    pub async fn leaving(&self) {
+        let mut until = self.drain_until.subscribe();
+        if until.wait_for(Option::is_some).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     /// How long it still may take, if it is leaving.

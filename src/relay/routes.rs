@@ -16,6 +16,7 @@ use super::{
     downstream::handle::ConnHandle,
     forwarded::Hop,
     ingress::{self, Arrival},
+    moosicbox,
     out_body::OutBody,
     strict::{self, Target},
 };
@@ -146,7 +147,10 @@ async fn tunnel(state: &Arc<State>, client_id: Option<ClientId>, mut came: Came)
         websocket: came.target.websocket,
         on_upgrade: came.parts.extensions.remove::<OnUpgrade>(),
     };
-    let accepted = accept::accept(state, knock, came.parts.headers).await;
+    let accepted = match accept::offers_adit(&came.parts.headers) {
+        true => accept::accept(state, knock, came.parts.headers).await,
+        false => moosicbox::accept(state, knock, came.parts.headers, came.target.query()).await,
+    };
     accepted.inspect_err(|cause| {
         tracing::info!(client.id = %client_id, %remote, error = cause.code(), "a tunnel was refused: {cause}");
     })

@@ -76,6 +76,8 @@ pub struct Switchboard {
     pub exchanges: Arc<Exchanges>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What clients tell their subscribers.
+    pub fanout: Arc<super::fanout::Fanout>,
 }
 
 impl Switchboard {
@@ -92,6 +94,7 @@ impl Switchboard {
             exchanges: Arc::new(exchanges),
             peers,
             metrics: Arc::new(Metrics::new()),
+            fanout: Arc::default(),
             directory,
             config,
         }

@@ -13,17 +13,10 @@ use http_body::Frame as BodyFrame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::sync::mpsc;
 
-use super::{
-    requests::BodyError,
-    serve::{Body, Outbox},
-};
+use super::serve::{Body, Outbox};
 use crate::{
-    exchange::host::RequestBody,
-    wire::{
-        frame::Code,
-        head::RequestHead,
-        moosicbox::ws_request,
-    },
+    exchange::{body::Broken, host::RequestBody},
+    wire::{frame::Code, head::RequestHead, moosicbox::ws_request},
 };
 
 /// Between nodes: the exchange is an app's connection, of this number. No downstream can say it: `adit-*` is stripped.
@@ -67,7 +60,13 @@ impl Apps {
     }
 
     /// An app's connection: what it says goes to the sender, what it is answered is the body that this returns.
-    pub fn serve(self: &Arc<Self>, conn_id: u64, head: &RequestHead, body: Option<RequestBody>, outbox: &Outbox) -> Body {
+    pub fn serve(
+        self: &Arc<Self>,
+        conn_id: u64,
+        head: &RequestHead,
+        body: Option<RequestBody>,
+        outbox: &Outbox,
+    ) -> Body {
         let (answers_tx, answers) = mpsc::channel(MAX_ANSWERS);
         let app = App {
             conn_id,
@@ -104,35 +103,37 @@ struct App {
 
 impl App {
     /// Passes on what the app says until there is an answer for it. An error when it has left, or was too slow.
-    async fn next_answer(&mut self) -> Result<Bytes, BodyError> {
+    async fn next_answer(&mut self) -> Result<Bytes, Broken> {
         loop {
             let Some(says) = &mut self.says else {
-                return Err(BodyError(Code::Protocol));
+                return Err(Broken(Code::Protocol));
             };
             tokio::select! {
                 biased;
-                answer = self.answers.recv() => return answer.ok_or(BodyError(Code::Cancelled)),
+                answer = self.answers.recv() => return answer.ok_or(Broken(Code::Cancelled)),
                 said = says.next() => match said {
                     Some(said) => self.ask(&said).await?,
-                    None => return Err(BodyError(Code::Cancelled)),
+                    None => return Err(Broken(Code::Cancelled)),
                 },
             }
         }
     }
 
-    async fn ask(&mut self, said: &[u8]) -> Result<(), BodyError> {
+    async fn ask(&mut self, said: &[u8]) -> Result<(), Broken> {
         let request_id = rand::random::<u64>().max(1);
-        let text = std::str::from_utf8(said).map_err(|_| BodyError(Code::Protocol))?;
+        let text = std::str::from_utf8(said).map_err(|_| Broken(Code::Protocol))?;
         let text = ws_request(request_id, self.conn_id, text, self.profile.as_deref());
-        let text = text.map_err(|_| BodyError(Code::Protocol))?;
-        let forgotten = (self.asked.len() >= MAX_ASKED).then(|| self.asked.pop_front()).flatten();
+        let text = text.map_err(|_| Broken(Code::Protocol))?;
+        let forgotten = (self.asked.len() >= MAX_ASKED)
+            .then(|| self.asked.pop_front())
+            .flatten();
         self.asked.push_back(request_id);
         {
             let mut asked = self.apps.asked();
             forgotten.and_then(|id| asked.remove(&id));
             asked.insert(request_id, self.answers_tx.clone());
         }
-        self.outbox.send(text).await.map_err(|_| BodyError(Code::PathLost))
+        self.outbox.send(text).await.map_err(|_| Broken(Code::PathLost))
     }
 }
 
@@ -169,7 +170,11 @@ impl<B: http_body::Body<Data = Bytes> + Unpin> Messages<B> {
     /// again.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
-            if let Some(length) = self.came.first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes) as usize) {
+            if let Some(length) = self
+                .came
+                .first_chunk::<4>()
+                .map(|bytes| u32::from_be_bytes(*bytes) as usize)
+            {
                 if length > MAX_MESSAGE {
                     return None;
                 }

@@ -8,12 +8,9 @@ use std::{
 
 use tokio::sync::Notify;
 
-use crate::{
-    exchange::body::Broken,
-    wire::{
-        frame::Code,
-        moosicbox::{Packet, Piece, Reassembler},
-    },
+use crate::wire::{
+    frame::Code,
+    moosicbox::{Packet, Piece, Reassembler},
 };
 
 /// What one answer may hold that its downstream has not taken, bytes.
@@ -86,9 +83,7 @@ impl Requests {
     /// One has failed; all have, when the sender is gone.
     pub fn fail(&self, which: Option<u64>, code: Code) {
         let answers = self.answers();
-        let doomed = answers
-            .iter()
-            .filter(|(id, _)| which.is_none_or(|which| which == **id));
+        let doomed = answers.iter().filter(|(id, _)| which.is_none_or(|which| which == **id));
         doomed.for_each(|(_, answer)| answer.fail(code));
     }
 }
@@ -173,6 +168,3 @@ impl Drop for InFlight {
         self.answer.fail(Code::Cancelled); // whoever waits for it to be taken need not
     }
 }
-
-/// What a body that ends in the middle is reported as.
-pub(super) type BodyError = Broken;

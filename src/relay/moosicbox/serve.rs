@@ -4,19 +4,20 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, header};
 use http_body::Frame as BodyFrame;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited, StreamBody, combinators::UnsyncBoxBody};
 use tokio::{io::DuplexStream, sync::mpsc};
 
 use super::{
     apps::{self, Apps},
-    requests::{BodyError, InFlight, Requests},
+    requests::{InFlight, Requests},
 };
 use crate::{
     error::Cause,
     exchange::{
         Exchange,
+        body::Broken,
         host::{RequestBody, Served, serve},
         hosting::Service,
     },
@@ -36,7 +37,7 @@ const PACKET_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Texts on their way to a sender.
 pub(super) type Outbox = mpsc::Sender<String>;
-pub(super) type Body = UnsyncBoxBody<Bytes, BodyError>;
+pub(super) type Body = UnsyncBoxBody<Bytes, Broken>;
 type Answered = Served<Body, DuplexStream>;
 
 /// Serves exchanges by what is behind one sender's socket.
@@ -67,7 +68,10 @@ impl Sender {
             ));
         }
         match apps::conn_id(&head.headers) {
-            Some(conn_id) => Ok(Served::Response(ok(), self.apps.serve(conn_id, &head, body, &self.outbox))),
+            Some(conn_id) => Ok(Served::Response(
+                ok(),
+                self.apps.serve(conn_id, &head, body, &self.outbox),
+            )),
             None => self.request(id, head, body).await,
         }
     }
@@ -163,8 +167,8 @@ impl Asked {
             match asked.next().await {
                 Ok(Piece::Body(data)) => Ok(Some((BodyFrame::data(data), asked))),
                 Ok(Piece::End) => Ok(None),
-                Ok(Piece::Head(_)) => Err(BodyError(Code::UpstreamFailed)),
-                Err(code) => Err(BodyError(code)),
+                Ok(Piece::Head(_)) => Err(Broken(Code::UpstreamFailed)),
+                Err(code) => Err(Broken(code)),
             }
         });
         StreamBody::new(Box::pin(stream)).boxed_unsync()
@@ -178,9 +182,4 @@ impl Drop for Asked {
             self.outbox.try_send(moosicbox::abort(self.in_flight.id)).ok();
         }
     }
-}
-
-/// What an app's node may send of itself.
-pub(super) fn header_of(conn_id: u64) -> HeaderValue {
-    HeaderValue::from(conn_id)
 }
