@@ -4,6 +4,7 @@
 pub mod bodies;
 pub mod by_hand;
 pub mod home;
+pub mod moosicbox;
 pub mod proxy;
 pub mod raw;
 pub mod servers;

@@ -8,9 +8,12 @@ use std::{
 
 use tokio::sync::Notify;
 
-use crate::wire::{
-    frame::Code,
-    moosicbox::{Packet, Piece, Reassembler},
+use crate::{
+    exchange::Exchange,
+    wire::{
+        frame::Code,
+        moosicbox::{Packet, Piece, Reassembler},
+    },
 };
 
 /// What one answer may hold that its downstream has not taken, bytes.
@@ -27,6 +30,8 @@ pub(super) struct Requests {
 
 /// One answer as it comes.
 pub(super) struct Answer {
+    /// What it is the answer of.
+    exchange: Arc<Exchange>,
     /// Guards what has come of it; held to put a packet in or take a piece out.
     state: Mutex<State>,
     /// More has come, or nothing will.
@@ -46,8 +51,9 @@ impl Requests {
     }
 
     /// A new request, under an id that no other has now. The guard takes it out again.
-    pub fn begin(self: &Arc<Self>) -> InFlight {
+    pub fn begin(self: &Arc<Self>, exchange: Arc<Exchange>) -> InFlight {
         let answer = Arc::new(Answer {
+            exchange,
             state: Mutex::new(State {
                 packets: Reassembler::new(MAX_EARLY),
                 failed: None,
@@ -82,9 +88,12 @@ impl Requests {
 
     /// One has failed; all have, when the sender is gone.
     pub fn fail(&self, which: Option<u64>, code: Code) {
-        let answers = self.answers();
-        let doomed = answers.iter().filter(|(id, _)| which.is_none_or(|which| which == **id));
-        doomed.for_each(|(_, answer)| answer.fail(code));
+        let doomed: Vec<_> = {
+            let answers = self.answers();
+            let named = answers.iter().filter(|(id, _)| which.is_none_or(|which| which == **id));
+            named.map(|(_, answer)| answer.clone()).collect()
+        };
+        doomed.iter().for_each(|answer| answer.fail(code));
     }
 }
 
@@ -105,9 +114,14 @@ impl Answer {
         is_full
     }
 
-    /// Nothing more of it is of use.
+    /// Nothing more of it is of use: what it holds is dropped, and its exchange ends.
     pub fn fail(&self, code: Code) {
-        self.state().failed.get_or_insert(code);
+        {
+            let mut state = self.state();
+            state.failed.get_or_insert(code);
+            state.packets = Reassembler::new(0);
+        }
+        self.exchange.reset(code);
         self.came.notify_one();
         self.taken.notify_one();
     }
@@ -156,15 +170,18 @@ impl InFlight {
         self.answer.next().await
     }
 
-    /// Whether the sender has said all.
+    /// Whether the sender has said all, read or not.
     pub fn has_ended(&self) -> bool {
-        self.answer.state().packets.has_ended()
+        let packets = &mut self.answer.state().packets;
+        while packets.next_piece().is_some() {}
+        packets.has_ended()
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.requests.answers().remove(&self.id);
-        self.answer.fail(Code::Cancelled); // whoever waits for it to be taken need not
+        self.answer.taken.notify_one(); // whoever waits for it to be taken need not
+        self.answer.state().failed.get_or_insert(Code::Cancelled);
     }
 }

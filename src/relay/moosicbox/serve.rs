@@ -49,21 +49,26 @@ pub(super) struct Sender {
 
 impl Service for Sender {
     async fn serve(&self, exchange: Arc<Exchange>) {
-        let id = exchange.id;
+        let asking = exchange.clone();
         serve(
             exchange,
             fields::keep_trailers as fn(&mut HeaderMap),
-            |head, body, _| self.answer(id, head, body),
+            |head, body, _| self.answer(asking, head, body),
         )
         .await;
     }
 }
 
 impl Sender {
-    async fn answer(&self, id: RequestId, head: RequestHead, body: Option<RequestBody>) -> Result<Answered, Code> {
+    async fn answer(
+        &self,
+        exchange: Arc<Exchange>,
+        head: RequestHead,
+        body: Option<RequestBody>,
+    ) -> Result<Answered, Code> {
         if head.flags.upgrade {
             return Ok(refused(
-                id,
+                exchange.id,
                 &Cause::NotImplemented("a MoosicBox server takes no upgrades through its tunnel: apps connect to /ws"),
             ));
         }
@@ -72,25 +77,32 @@ impl Sender {
                 ok(),
                 self.apps.serve(conn_id, &head, body, &self.outbox),
             )),
-            None => self.request(id, head, body).await,
+            None => self.request(exchange, head, body).await,
         }
     }
 
-    async fn request(&self, id: RequestId, head: RequestHead, body: Option<RequestBody>) -> Result<Answered, Code> {
+    async fn request(
+        &self,
+        exchange: Arc<Exchange>,
+        head: RequestHead,
+        body: Option<RequestBody>,
+    ) -> Result<Answered, Code> {
+        let id = exchange.id;
         let body = match collect(body).await {
             Ok(body) => body,
             Err(Some(cause)) => return Ok(refused(id, &cause)),
             Err(None) => return Err(Code::RequestBroken),
         };
-        let asked = Asked {
-            in_flight: self.requests.begin(),
-            outbox: self.outbox.clone(),
-        };
-        let text = moosicbox::http_request(asked.in_flight.id, &head.method, &head.target, &head.headers, body);
+        let in_flight = self.requests.begin(exchange);
+        let text = moosicbox::http_request(in_flight.id, &head.method, &head.target, &head.headers, body);
         let Ok(text) = text else {
             return Ok(refused(id, &Cause::UnsupportedMediaType));
         };
         self.outbox.send(text).await.map_err(|_| Code::PathLost)?;
+        let asked = Asked {
+            in_flight,
+            outbox: self.outbox.clone(),
+        };
         let answer = asked.head().await?;
         let body = match moosicbox::carries_body(&head.method, answer.status) {
             true => asked.into_body(),

@@ -1,0 +1,356 @@
+//! MoosicBox's servers and apps, by hand: requests down a server's socket and packets up, apps' messages, and what the
+//! system that this one succeeds got wrong. Facts and figures: MOOSICBOX.md.
+
+mod harness;
+
+use harness::{
+    TestRelay, bodies, full,
+    home::whole,
+    moosicbox::{Sender, Tenant},
+    within,
+};
+use http::Response;
+use hyper::body::Incoming;
+use serde_json::json;
+use tokio::task::JoinHandle;
+
+struct Story {
+    relay: TestRelay,
+    home: Tenant,
+}
+
+impl Story {
+    async fn start() -> Self {
+        let relay = TestRelay::start().await;
+        let home = Tenant::new(&relay, "home").await;
+        Self { relay, home }
+    }
+
+    /// Sends a request of a tenant, on a connection of its own.
+    fn send(&self, request: http::request::Builder, body: impl Into<bytes::Bytes>) -> JoinHandle<Response<Incoming>> {
+        let request = request.body(full(body)).expect("a request");
+        tokio::spawn(harness::send(self.relay.address, request))
+    }
+
+    fn get(&self, tenant: &Tenant, path: &str) -> JoinHandle<Response<Incoming>> {
+        self.send(tenant.ask("GET", path), "")
+    }
+}
+
+async fn answer(sent: JoinHandle<Response<Incoming>>) -> Response<Incoming> {
+    within("an answer", sent).await.expect("no panic")
+}
+
+async fn text(sent: JoinHandle<Response<Incoming>>) -> (u16, String) {
+    let (status, body) = whole(answer(sent).await).await;
+    (status, String::from_utf8(body.to_vec()).expect("text"))
+}
+
+#[tokio::test]
+async fn a_request_goes_down_as_json_and_its_packets_come_back_as_they_are() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let request = story.home.ask("GET", "/files/track?trackId=7&a=x%20y&flag");
+    let sent = story.send(
+        request.header("range", "bytes=0-4").header("moosicbox-profile", "main"),
+        "",
+    );
+    let (id, request) = server.request().await;
+    assert_ne!(id, 0);
+    assert_eq!(
+        (&request["method"], &request["path"], &request["profile"]),
+        (&json!("GET"), &json!("files/track"), &json!("main"))
+    );
+    assert_eq!(
+        request["query"],
+        json!({"trackId": "7", "a": "x%20y", "flag": "", "clientId": "home"})
+    );
+    assert_eq!(request["headers"]["range"], "bytes=0-4");
+    assert!(request.get("payload").is_none() && request["headers"].get("authorization").is_none());
+    let headers = r#"{"content-type":"audio/flac","content-range":"bytes 0-4/9","transfer-encoding":"chunked"}"#;
+    server.packet_of(id, 1, true, 206, headers, b"hello").await;
+    let response = answer(sent).await;
+    assert_eq!(response.status(), 206);
+    assert_eq!(response.headers()["content-range"], "bytes 0-4/9");
+    assert_eq!(whole(response).await.1, "hello");
+}
+
+#[tokio::test]
+async fn what_comes_is_passed_on_before_there_is_more_and_packets_out_of_order_are_put_in_order() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    let (id, _) = server.request().await;
+    server.packet(id, 1, false, b"one ").await;
+    let mut body = answer(sent).await.into_body();
+    assert_eq!(bodies::next(&mut body).await.as_deref(), Some(&b"one "[..]));
+    server.packet(id, 4, true, b"four").await;
+    server.packet(id, 3, false, b"three ").await;
+    server.packet(id, 3, false, b"three ").await;
+    server.packet(id, 2, false, b"two ").await;
+    let mut rest = Vec::new();
+    while let Some(piece) = bodies::next(&mut body).await {
+        rest.extend(piece);
+    }
+    assert_eq!(rest, b"two three four");
+}
+
+#[tokio::test]
+async fn the_first_packet_may_come_last() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    let (id, _) = server.request().await;
+    server.packet(id, 2, true, b"world").await;
+    server.packet_of(id, 1, false, 201, r#"{"x-a":"1"}"#, b"hello ").await;
+    assert_eq!(text(sent).await, (201, "hello world".into()));
+}
+
+#[tokio::test]
+async fn head_and_answers_without_a_body_have_none() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.send(story.home.ask("HEAD", "/a"), "");
+    let (id, request) = server.request().await;
+    assert_eq!(request["method"], "HEAD");
+    server
+        .packet_of(id, 1, true, 200, r#"{"content-length":"1000"}"#, b"")
+        .await;
+    let response = answer(sent).await;
+    assert_eq!(response.headers()["content-length"], "1000");
+    let sent = story.get(&story.home, "/b");
+    let (id, _) = server.request().await;
+    server
+        .packet_of(id, 1, true, 304, r#"{"content-length":"5"}"#, b"")
+        .await;
+    assert_eq!(text(sent).await, (304, String::new()));
+}
+
+#[tokio::test]
+async fn json_goes_along_and_what_is_no_json_is_refused_in_words() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let (status, why) = text(story.send(story.home.ask("POST", "/a"), "no json")).await;
+    assert_eq!(status, 415);
+    assert!(why.contains("JSON"), "{why}");
+    let sent = story.send(story.home.ask("POST", "/b"), r#"{"a": [1]}"#);
+    let (id, request) = server.request().await;
+    assert_eq!(
+        (&request["path"], &request["payload"]),
+        (&json!("b"), &json!({"a": [1]}))
+    );
+    server.packet(id, 1, true, b"ok").await;
+    assert_eq!(text(sent).await, (200, "ok".into()));
+}
+
+#[tokio::test]
+async fn packets_of_another_tenants_request_are_nobodys() {
+    let story = Story::start().await;
+    let other = Tenant::new(&story.relay, "other").await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let mut liar = other.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    let (id, _) = server.request().await;
+    liar.packet(id, 1, true, b"a lie").await;
+    // The liar is heard before the server is: it answers something of its own in between.
+    let own = story.get(&other, "/b");
+    let (own_id, _) = liar.request().await;
+    liar.packet(own_id, 1, true, b"its own").await;
+    assert_eq!(text(own).await, (200, "its own".into()));
+    server.packet(id, 1, true, b"the truth").await;
+    assert_eq!(text(sent).await, (200, "the truth".into()));
+}
+
+#[tokio::test]
+async fn the_newest_server_gets_the_requests_and_the_older_serves_again_when_it_is_gone() {
+    let story = Story::start().await;
+    let mut older = story.home.sender(story.relay.agents).await;
+    served(&story, &mut older).await;
+    let mut newer = story.home.sender(story.relay.agents).await;
+    served(&story, &mut newer).await;
+    drop(newer);
+    served(&story, &mut older).await;
+}
+
+/// Requests, once more until one goes to this server: that another has come or gone may not be known yet.
+async fn served(story: &Story, server: &mut Sender) {
+    within("it is asked", async {
+        loop {
+            let sent = story.get(&story.home, "/which");
+            let (id, request) = tokio::select! {
+                asked = server.request() => asked,
+                _ = tokio::time::sleep(std::time::Duration::from_millis(300)) => {
+                    sent.abort();
+                    continue;
+                }
+            };
+            assert_eq!(request["path"], "which");
+            server.packet(id, 1, true, b"me").await;
+            if tokio::time::timeout(std::time::Duration::from_secs(5), sent)
+                .await
+                .is_ok()
+            {
+                return;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_server_that_dies_fails_its_requests_at_once() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let waits = story.send(story.home.ask("POST", "/waits"), "1");
+    server.request().await;
+    let begun = story.send(story.home.ask("POST", "/begun"), "2");
+    let (id, _) = server.request().await;
+    server.packet(id, 1, false, b"half").await;
+    let mut body = answer(begun).await.into_body();
+    assert_eq!(bodies::next(&mut body).await.as_deref(), Some(&b"half"[..]));
+    drop(server);
+    assert_eq!(answer(waits).await.status(), 502);
+    assert!(!bodies::ends_well(&mut body).await, "cut short, and it looks so");
+}
+
+#[tokio::test]
+async fn a_downstream_that_leaves_aborts_its_request() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    let (id, _) = server.request().await;
+    sent.abort();
+    assert_eq!(server.next().await, json!({"type": "ABORT", "request_id": id}));
+}
+
+#[tokio::test]
+async fn a_downstream_that_does_not_read_is_given_up_and_the_others_go_on() {
+    const PIECE: usize = 60_000;
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let stalled = story.get(&story.home, "/stalled");
+    let (stalled_id, _) = server.request().await;
+    let lively = story.get(&story.home, "/lively");
+    let (lively_id, _) = server.request().await;
+    let stop = tokio::spawn(async move {
+        let response = answer(stalled).await; // and its body is not read
+        std::future::pending::<()>().await;
+        drop(response);
+    });
+    // More than the windows and sockets on the way and the 4 MiB that may wait.
+    for packet_id in 1..=600 {
+        server.packet(stalled_id, packet_id, false, &vec![7; PIECE]).await;
+    }
+    server.packet(lively_id, 1, true, b"here").await;
+    assert_eq!(text(lively).await, (200, "here".into()));
+    assert_eq!(server.next().await, json!({"type": "ABORT", "request_id": stalled_id}));
+    stop.abort();
+}
+
+#[tokio::test]
+async fn what_is_no_packet_closes_that_socket_and_nothing_else() {
+    let story = Story::start().await;
+    let other = Tenant::new(&story.relay, "other").await;
+    let mut bystander = other.sender(story.relay.agents).await;
+    for bad in [b"short".to_vec(), vec![0; 13], vec![9; 40]] {
+        let mut server = story.home.sender(story.relay.agents).await;
+        server.binary(bad).await;
+        server.closed().await;
+    }
+    let sent = story.get(&other, "/a");
+    let (id, _) = bystander.request().await;
+    bystander.packet(id, 1, true, b"fine").await;
+    assert_eq!(text(sent).await, (200, "fine".into()));
+}
+
+#[tokio::test]
+async fn a_head_that_is_no_http_is_a_502_and_an_abort() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    for (status, headers) in [
+        (42, "{}"),
+        (200, r#"{"bad name":"x"}"#),
+        (200, "not json"),
+        (200, r#"{"n":1}"#),
+    ] {
+        let sent = story.get(&story.home, "/a");
+        let (id, _) = server.request().await;
+        server.packet_of(id, 1, false, status, headers, b"x").await;
+        assert_eq!(answer(sent).await.status(), 502, "{status} {headers}");
+        assert_eq!(server.next().await, json!({"type": "ABORT", "request_id": id}));
+    }
+}
+
+#[tokio::test]
+async fn what_an_app_says_reaches_its_server_and_the_answer_reaches_the_app_alone() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let mut app = story.home.app(story.relay.address).await;
+    let mut bystander = story.home.app(story.relay.address).await;
+    app.say(r#"{"type":"PING", "n": 1}"#).await;
+    let asked = server.next().await;
+    assert_eq!(
+        (&asked["type"], &asked["body"]),
+        (&json!("WS"), &json!({"type": "PING", "n": 1}))
+    );
+    assert!(asked["conn_id"].as_u64() > Some(0) && asked["profile"].is_null());
+    let answer = json!({"request_id": asked["request_id"], "body": {"a": "b c"}});
+    server.text(answer.clone()).await;
+    server.text(answer).await; // any number of times
+    assert_eq!(app.hear().await, r#"{"a":"b c"}"#);
+    assert_eq!(app.hear().await, r#"{"a":"b c"}"#);
+    bystander.say(r#"{"other":true}"#).await;
+    let asked = server.next().await;
+    server.text(json!({"request_id": asked["request_id"], "body": 2})).await;
+    assert_eq!(bystander.hear().await, "2");
+}
+
+#[tokio::test]
+async fn an_app_that_says_no_json_is_told_so() {
+    let story = Story::start().await;
+    let _server = story.home.sender(story.relay.agents).await;
+    let mut app = story.home.app(story.relay.address).await;
+    app.say("no json").await;
+    assert!(app.hear().await.contains("JSON"));
+}
+
+#[tokio::test]
+async fn an_app_goes_on_when_its_server_has_come_back() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let mut app = story.home.app(story.relay.address).await;
+    app.say("1").await;
+    assert_eq!(server.next().await["body"], 1);
+    drop(server);
+    let mut server = story.home.sender(story.relay.agents).await;
+    let mut said = 2;
+    // What it said while nobody knew that its server was gone is lost with that, as ever; it says the next thing.
+    within("the new server hears it", async {
+        loop {
+            app.say(&said.to_string()).await;
+            tokio::select! {
+                asked = server.next() => { assert!(asked["body"].as_u64() > Some(1)); return }
+                () = tokio::time::sleep(std::time::Duration::from_millis(200)) => said += 1,
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nobody_is_let_in_without_a_signature() {
+    let story = Story::start().await;
+    for query in [
+        "clientId=home",
+        "clientId=home&signature=guess&sender=true",
+        "clientId=nobody&signature=x",
+    ] {
+        let request = http::Request::get(format!("/ws?{query}"))
+            .header("host", "relay.test")
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==");
+        assert_eq!(answer(story.send(request, "")).await.status(), 401, "{query}");
+    }
+}
