@@ -1,10 +1,14 @@
-{{/* The names that all objects are made of. 45 characters leave room for the longest suffix, and for a pod's. */}}
+{{/* The names that all objects are made of. 44 characters leave room for the longest suffix, and for a hash behind it. A Service's
+name has no dot and begins with a letter; a release's may. */}}
 {{- define "adit.fullname" -}}
 {{- $name := .Values.fullnameOverride -}}
 {{- if not $name -}}
 {{- $name = ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) (contains .Chart.Name .Release.Name) -}}
 {{- end -}}
-{{- $name | trunc 45 | trimSuffix "-" -}}
+{{- if regexMatch "^[0-9]" $name -}}
+{{- $name = printf "adit-%s" $name -}}
+{{- end -}}
+{{- $name | replace "." "-" | trunc 44 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "adit.labels" -}}
