@@ -1,6 +1,12 @@
 //! The names of things: UUIDv7 ids for what lives and dies, and the validated `client_id`.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::{BuildHasherDefault, DefaultHasher},
+    str::FromStr,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -68,6 +74,10 @@ uuid_id! {
     /// One access token's public name; the secret is never stored.
     TokenId;
 }
+
+/// A map by ids, or by names that an operator gave: the same keys are in the same order in every run, so that a simulation
+/// can be replayed. Not for keys that strangers choose: they could choose them to collide.
+pub type ReplayableMap<K, V> = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
 
 /// The longest `client_id`: one DNS label (RFC 1035 §2.3.4), because it is one in `{client_id}.{domain}`.
 pub const CLIENT_ID_MAX: usize = 63;

@@ -23,9 +23,9 @@
 //!   ┊  when another node holds the tunnel, the path's frames go there first, and nothing else is different:
 //!   ┊    cluster::peer       takes the path's frames out in turns, as letters (cluster::letter)
 //!   ┊    cluster::bus        to the inbox of that node ⇢ relay::inbox there ⇢ the tunnel's path, as they are
-//!   ┊    and back: relay::accept there ⇢ the exchange's own channel ⇢ relay::inbox here ⇢ the exchange
+//!   ┊    and back: relay::taker there ⇢ the exchange's own channel ⇢ relay::inbox here ⇢ the exchange
 //!   │  agent::slot, dial   holds a tunnel open: dials, says hello, dials again
-//!   │  agent::host         frames of all tunnels to their exchanges
+//!   │  exchange::hosting   frames of all tunnels to their exchanges
 //!   │  exchange::host      the other end of the exchange: serves it with a function from request to response
 //!   │  agent::upstream     that function: calls the local server
 //! upstream
@@ -42,6 +42,7 @@
 //! | [`agent`] | the program next to the upstream |
 //! | [`exchange`] | one request and its response in flight: two ends, and a path that may be replaced under them |
 //! | [`wire`] | streams, records and frames: no I/O and no clock of its own, but for [`wire::socket`] |
+//! | [`wire::moosicbox`] | the other dialect that a tunnel may speak: what MoosicBox servers and their apps say |
 //! | [`cluster`] | what nodes share: the registry (who holds what, who may do what) and the bus between them |
 //! | [`config`] | what an operator may set |
 //! | [`telemetry`] | what an operator sees: logs, metrics, trace context |
@@ -65,6 +66,7 @@
 //! | slot, instance | the place of a tunnel among its agent's; one agent process, with an `instance_id` |
 //! | exchange, `request_id` | one request and its response, in flight |
 //! | ingress, host | the two ends of an exchange: the node with the downstream; whoever calls the upstream |
+//! | dialect | what is spoken inside a tunnel: adit's own frames, or what MoosicBox servers speak |
 //! | path | what carries an exchange's frames between its ends: a socket, or the bus and a socket |
 //! | owner | the node that holds a tunnel's WebSocket |
 //! | peer | another node of the same relay |
@@ -139,6 +141,7 @@ pub mod config;
 pub mod error;
 pub mod exchange;
 pub mod ids;
+mod planted;
 pub mod relay;
 pub mod secret;
 pub mod shutdown;

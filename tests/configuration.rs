@@ -47,6 +47,27 @@ fn flag_wins_over_environment_over_file_over_default() {
 }
 
 #[test]
+fn the_admin_token_may_have_the_name_that_moosicbox_gave_it() {
+    for (variables, is_set) in [
+        (&[("TUNNEL_ACCESS_TOKEN", "hunter2")][..], true),
+        (&[("TUNNEL_ACCESS_TOKEN", "hunter2"), ("ADIT_ADMIN_TOKEN", "")], true),
+        (&[("TUNNEL_ACCESS_TOKEN", "")], false),
+    ] {
+        let printed = stdout(&adit(&["serve", "--check"], variables));
+        assert_eq!(
+            printed.contains("admin_token: Some("),
+            is_set,
+            "{variables:?}: {printed}"
+        );
+        assert_eq!(
+            printed.contains("admin_token: None"),
+            !is_set,
+            "{variables:?}: {printed}"
+        );
+    }
+}
+
+#[test]
 fn a_bad_configuration_exits_with_2_and_names_the_key() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), "[http]\nmax_heders = 1").expect("written");
@@ -80,6 +101,7 @@ fn a_bad_configuration_exits_with_2_and_names_the_key() {
 fn no_secret_is_printed() {
     let variables = [
         ("ADIT_ADMIN_TOKEN", "hunter2"),
+        ("TUNNEL_ACCESS_TOKEN", "hunter2"),
         ("DATABASE_URL", "sqlite:hunter2"),
         ("ADIT_TOKEN", "hunter2"),
         ("ADIT_LOG", "trace"),

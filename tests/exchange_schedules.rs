@@ -19,7 +19,7 @@ use adit::{
         path::{Owner, Path},
         table::{Accepted, Exchanges, TICK, Taken},
     },
-    ids::{InstanceId, RequestId},
+    ids::{InstanceId, RequestId, TunnelId},
     wire::{
         fields::keep_trailers,
         frame::{Code, Frame},
@@ -396,7 +396,8 @@ async fn an_exchange_that_reached_nobody_and_has_ended_goes_nowhere() {
         instance_id: InstanceId::new(),
     };
     let ingress = Arc::new(Exchanges::new(clock, Duration::from_secs(30)));
-    let path = Path::new(owner, clock);
+    let tunnel = TunnelId::new();
+    let path = Path::over_bus(owner, clock, tunnel, Arc::default());
     let open = ingress.open(id, &path);
     open.exchange.write([Bytes::from_static(b"a request")]);
     open.exchange.flush();
@@ -405,7 +406,7 @@ async fn an_exchange_that_reached_nobody_and_has_ended_goes_nowhere() {
         open.exchange.unreached().now_or_never().is_none(),
         "it may have arrived"
     );
-    ingress.open_returned(id);
+    ingress.open_returned(id, tunnel);
     assert!(open.exchange.unreached().now_or_never().is_some(), "it did not");
     open.exchange.reset(Code::Timeout);
     assert!(open.exchange.unreached().now_or_never().is_none(), "it is over");

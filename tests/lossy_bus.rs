@@ -6,6 +6,7 @@ mod harness;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use adit::{
@@ -29,6 +30,7 @@ const FAULTS: Faults = Faults {
     loss: 0.03,
     duplicate: 0.05,
     reorder: 0.05,
+    delay: Duration::ZERO,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

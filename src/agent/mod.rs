@@ -28,7 +28,7 @@
 //!
 //! - [`dial`]: one tunnel's connection and handshake
 //! - [`slot`]: keeps one tunnel open for ever
-//! - [`host`]: the frames of all tunnels, to the exchanges they belong to
+//! - [`host`]: what is done with an exchange
 //! - [`upstream`]: one request to the local server, and its answer back
 
 use std::{sync::Arc, time::Duration};
@@ -42,7 +42,8 @@ pub use dial::DialError;
 
 use crate::{
     config::{self, HostHeader, RelayUrl, UpstreamUrl},
-    ids::{ClientId, NodeId},
+    exchange::path::Owner,
+    ids::{ClientId, InstanceId, NodeId},
     secret::Secret,
     shutdown::Shutdown,
     tls,
@@ -169,7 +170,14 @@ impl Agent {
     /// Holds the tunnels and serves requests until `shutdown` says to drain: then the relay is asked for no more, what is
     /// in flight finishes, and the agent says goodbye; at once if told so.
     pub async fn run(self, shutdown: Shutdown, on_event: impl Fn(Event) + Send + Sync + 'static) {
-        let host = Arc::new(host::Host::new(&self.config.client_id, self.caller, Arc::new(on_event)));
+        let owner = Owner {
+            client_id: self.config.client_id.clone(),
+            instance_id: InstanceId::new(),
+        };
+        let host = Arc::new(host::Host::new(
+            owner,
+            host::Upstream::new(self.caller, Arc::new(on_event)),
+        ));
         let dialer = Arc::new(dial::Dialer::new(&self.config, self.tls, host.owner().instance_id));
         let mut slots = tokio::task::JoinSet::new();
         for slot in 0..self.config.connections {

@@ -9,9 +9,10 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     Event,
     dial::{DialError, Dialed, Dialer},
-    host::{Host, Told},
+    host::Host,
 };
 use crate::exchange::{
+    hosting::{Told, ToldWatch},
     link::{KeepAlive, LinkEnd, Taker, drive},
     path::Path,
 };
@@ -74,7 +75,7 @@ pub(super) async fn hold(slot: u32, host: Arc<Host>, dialer: Arc<Dialer>) {
         if host.is_leaving() {
             break;
         }
-        host.tell(Event::Disconnected {
+        host.service.tell(Event::Disconnected {
             slot,
             why,
             retry_in: pause,
@@ -93,7 +94,7 @@ fn why(end: Result<LinkEnd, tokio::task::JoinError>) -> String {
 
 struct Link {
     path: Arc<Path>,
-    told: super::host::ToldWatch,
+    told: ToldWatch,
     task: AbortOnDropHandle<LinkEnd>,
 }
 
@@ -104,7 +105,7 @@ fn start(host: &Arc<Host>, dialed: Dialed, slot: u32) -> Link {
         timeout: Duration::from_millis(hello.ping_timeout_ms.clamp(1000, 60_000)),
     };
     let (path, taker, told) = host.link_up(Duration::from_millis(hello.resume_timeout_ms));
-    host.tell(Event::Connected {
+    host.service.tell(Event::Connected {
         slot,
         node_id: hello.node_id,
         public_url: hello.public_url,

@@ -42,9 +42,12 @@ pub struct ServeArgs {
     /// How the internet sees this relay, like https://tunnel.example.org [default: from --domain and --listen]
     #[arg(long, env = "ADIT_PUBLIC_URL", value_name = "URL", value_parser = parsed::<RelayUrl>)]
     public_url: Option<Given<RelayUrl>>,
-    /// The credential of the admin API [default: one is made and printed once]
+    /// The credential of the admin API, also read from TUNNEL_ACCESS_TOKEN [default: one is made and printed once]
     #[arg(long, env = "ADIT_ADMIN_TOKEN", value_name = "TOKEN", hide_env_values = true, value_parser = parsed::<Secret>)]
     admin_token: Option<Given<Secret>>,
+    /// The same, by the name that MoosicBox's relay knows
+    #[arg(long, hide = true, env = "TUNNEL_ACCESS_TOKEN", value_name = "TOKEN", hide_env_values = true, value_parser = parsed::<Secret>)]
+    tunnel_access_token: Option<Given<Secret>>,
     /// Load balancers whose forwarding headers are believed, separated by commas [default: none]
     #[arg(long, env = "ADIT_TRUSTED_PROXIES", value_name = "NETWORKS", value_parser = given(values::networks))]
     trusted_proxies: Option<Given<Vec<IpNet>>>,
@@ -75,6 +78,7 @@ impl ServeArgs {
         set_some(&mut config.redis_url, &self.redis_url);
         set_some(&mut config.domain, &self.domain);
         set_some(&mut config.public_url, &self.public_url);
+        set_some(&mut config.admin_token, &self.tunnel_access_token);
         set_some(&mut config.admin_token, &self.admin_token);
         set(&mut config.trusted_proxies, &self.trusted_proxies);
         set(&mut config.tunnels.park_timeout, &self.park_timeout);
@@ -207,6 +211,12 @@ mod tests {
     }
 
     #[test]
+    fn of_two_names_of_a_setting_our_own_wins() {
+        let found = config(&["--admin-token=ours", "--tunnel-access-token=theirs"]);
+        assert_eq!(found.admin_token.expect("set").expose(), "ours");
+    }
+
+    #[test]
     fn an_empty_value_is_no_value() {
         assert_eq!(
             config(&[
@@ -296,6 +306,7 @@ mod tests {
         let serve = command.find_subcommand("serve").expect("serve");
         let mut flags: Vec<_> = serve
             .get_arguments()
+            .filter(|argument| !argument.is_hide_set())
             .filter_map(|argument| {
                 let variable = argument.get_env()?.to_str()?.to_owned();
                 (argument.get_id() != "config")
@@ -317,7 +328,8 @@ mod tests {
         Cli::command().debug_assert();
         let mut command = Cli::command();
         let serve = command.find_subcommand_mut("serve").expect("serve");
-        for argument in serve.get_arguments().filter(|argument| argument.get_id() != "check") {
+        let shown = serve.get_arguments().filter(|argument| !argument.is_hide_set());
+        for argument in shown.filter(|argument| argument.get_id() != "check") {
             let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
             assert!(
                 argument.get_env().is_some() && help.contains("[default: "),

@@ -119,7 +119,7 @@ impl Bus {
     /// Whether it carries messages now, as far as is known.
     pub fn is_up(&self) -> bool {
         match &self.0 {
-            Kind::Local(_) => true,
+            Kind::Local(endpoint) => endpoint.is_up(),
             Kind::Redis(link) => link.is_up(),
         }
     }

@@ -131,7 +131,7 @@ impl Peers {
 
     /// A path to a tunnel that another node holds.
     pub fn path_to(&self, card: &Card, clock: Clock) -> Arc<Path> {
-        let path = Path::over_bus(card.owner(), clock, self.credit.clone());
+        let path = Path::over_bus(card.owner(), clock, card.tunnel_ws_id, self.credit.clone());
         path.register(&Waker::from(Arc::new(PeerPath {
             node_id: card.node_id,
             tunnel_ws_id: card.tunnel_ws_id,

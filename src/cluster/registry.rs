@@ -6,6 +6,7 @@
 
 mod clients;
 mod held;
+mod magic;
 mod peers;
 mod presence;
 

@@ -55,6 +55,8 @@ pub struct RelayConfig {
     pub tunnels: TunnelsConfig,
     /// The limits of a request and its response.
     pub http: HttpConfig,
+    /// The pages that may call clients from elsewhere.
+    pub cors: CorsConfig,
     /// What is logged, and how.
     pub log: LogConfig,
 }
@@ -118,6 +120,14 @@ pub struct HttpConfig {
     pub max_connections_per_address: usize,
 }
 
+/// `[cors]`: the pages of other origins that may call clients on the relay's own host.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CorsConfig {
+    /// Origins as browsers write them, or `*` for any; none: the relay says nothing of it.
+    pub origins: Vec<String>,
+}
+
 /// `[log]`: what is logged, and how.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -178,6 +188,7 @@ impl RelayConfig {
         }
         self.tunnels.validate()?;
         self.http.validate()?;
+        self.cors.validate()?;
         self.log.validate()
     }
 
@@ -251,6 +262,26 @@ impl HttpConfig {
     }
 }
 
+impl CorsConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let good = self.origins.iter().all(|origin| origin == "*" || is_origin(origin));
+        check(
+            good,
+            "cors.origins",
+            "has something else than origins: write them as browsers do, in lower case and without a path, like \
+             \"https://app.example.org\" or \"tauri://localhost\", or \"*\" for any",
+        )
+    }
+}
+
+/// Scheme, host and port, as they stand in the header `Origin` (RFC 6454 §6.2).
+fn is_origin(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_graphic() && !byte.is_ascii_uppercase() && !b"/?#@*\"<>".contains(&byte);
+    let fits = |part: &str| !part.is_empty() && part.bytes().all(allowed);
+    text.split_once("://")
+        .is_some_and(|(scheme, host)| fits(scheme) && fits(host))
+}
+
 impl LogConfig {
     /// Whether the filter can be read.
     pub fn validate(&self) -> Result<(), ConfigError> {
@@ -317,6 +348,7 @@ mod tests {
             (config.log.format, config.log.filter.as_str()),
             (LogFormat::Auto, "info")
         );
+        assert_eq!(config.cors.origins, [""; 0]);
     }
 
     #[test]
@@ -396,12 +428,26 @@ mod tests {
             ("[http]\nmax_header_bytes = \"1KiB\"", "`http.max_header_bytes`"),
             ("[http]\nmax_target = \"64KiB\"", "`http.max_target`"),
             ("[http]\nbuffered_limit = \"1GiB\"", "`http.buffered_total`"),
+            ("[cors]\norigins = \"*\"", "`cors.origins`"),
+            ("[cors]\norigins = [\"app.example.org\"]", "`cors.origins`"),
+            ("[cors]\norigins = [\"https://app.example.org/\"]", "`cors.origins`"),
+            ("[cors]\norigins = [\"https://*.example.org\"]", "`cors.origins`"),
+            ("[cors]\norigins = [\"https://App.example.org\"]", "`cors.origins`"),
+            ("[cors]\norigins = [\"https://u@example.org\"]", "`cors.origins`"),
+            ("[cors]\norigins = [\"https://\"]", "`cors.origins`"),
             ("[log]\nformat = \"xml\"", "`log.format`"),
             ("[log]\nfilter = \"adit=loud\"", "`log.filter`"),
         ] {
             let refused = refusal(text);
             assert!(refused.contains(key), "{text}: {refused}");
         }
+    }
+
+    #[test]
+    fn origins_are_written_as_browsers_write_them() {
+        let text =
+            "[cors]\norigins = [\"https://app.example.org\", \"tauri://localhost\", \"http://[::1]:5173\", \"*\"]";
+        assert_eq!(parse(text).expect("valid").cors.origins.len(), 4);
     }
 
     #[test]

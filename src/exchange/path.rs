@@ -22,7 +22,7 @@ use tokio::sync::Notify;
 
 use super::{Clock, Exchange};
 use crate::{
-    ids::{ClientId, InstanceId, RequestId},
+    ids::{ClientId, InstanceId, RequestId, TunnelId},
     wire::{
         frame::{Frame, INITIAL_WINDOW, MAX_MESSAGE, MAX_PAYLOAD},
         stream::MAX_WINDOW,
@@ -86,14 +86,22 @@ impl BusCredit {
     }
 }
 
+/// A path over the bus ends at this tunnel of another node's.
+#[derive(Debug)]
+struct OverBus {
+    tunnel_ws_id: TunnelId,
+    /// What bounds its exchanges.
+    credit: Arc<BusCredit>,
+}
+
 /// One way for frames. Shared by the exchanges that use it and the task that carries them.
 #[derive(Debug)]
 pub struct Path {
     /// Who is at the agent's end.
     pub owner: Owner,
     clock: Clock,
-    /// Of a path over the bus: what bounds its exchanges.
-    credit: Option<Arc<BusCredit>>,
+    /// Of a path over the bus.
+    bus: Option<OverBus>,
     /// Guards the queue; held for a push or a pop.
     queue: Mutex<Queue>,
     carrier: AtomicWaker,
@@ -162,15 +170,15 @@ impl Path {
     }
 
     /// A path to a tunnel that another node holds: over the bus, whose `credit` all such paths of a node share.
-    pub fn over_bus(owner: Owner, clock: Clock, credit: Arc<BusCredit>) -> Arc<Self> {
-        Self::make(owner, clock, Some(credit))
+    pub fn over_bus(owner: Owner, clock: Clock, tunnel_ws_id: TunnelId, credit: Arc<BusCredit>) -> Arc<Self> {
+        Self::make(owner, clock, Some(OverBus { tunnel_ws_id, credit }))
     }
 
-    fn make(owner: Owner, clock: Clock, credit: Option<Arc<BusCredit>>) -> Arc<Self> {
+    fn make(owner: Owner, clock: Clock, bus: Option<OverBus>) -> Arc<Self> {
         Arc::new(Self {
             owner,
             clock,
-            credit,
+            bus,
             queue: Mutex::default(),
             carrier: AtomicWaker::new(),
             closing: Notify::new(),
@@ -188,19 +196,22 @@ impl Path {
 
     /// Whether frames come back over the bus, addressed by request.
     pub fn is_over_bus(&self) -> bool {
-        self.credit.is_some()
+        self.bus.is_some()
+    }
+
+    /// The other node's tunnel at its end, if it is over the bus.
+    pub(super) fn tunnel_ws_id(&self) -> Option<TunnelId> {
+        self.bus.as_ref().map(|bus| bus.tunnel_ws_id)
     }
 
     /// The most credit that one exchange may grant on this path.
     pub(super) fn most_window(&self) -> u64 {
-        self.credit
-            .as_ref()
-            .map_or(MAX_WINDOW, |credit| credit.share(CREDIT_IN))
+        self.bus.as_ref().map_or(MAX_WINDOW, |bus| bus.credit.share(CREDIT_IN))
     }
 
     /// The most that one exchange may have on its way without having heard from its peer; `None`: what it was granted.
     pub(super) fn most_flight(&self) -> Option<u64> {
-        self.credit.as_ref().map(|credit| credit.share(CREDIT_OUT))
+        self.bus.as_ref().map(|bus| bus.credit.share(CREDIT_OUT))
     }
 
     /// The round trip of a frame and its answer, as last measured.
@@ -390,7 +401,7 @@ impl Path {
     /// Counts an exchange as in flight until the value is dropped.
     pub(super) fn hold(self: &Arc<Self>) -> Held {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        if let Some(credit) = &self.credit {
+        if let Some(OverBus { credit, .. }) = &self.bus {
             credit.sharers.fetch_add(1, Ordering::Relaxed);
         }
         Held(self.clone())
@@ -404,7 +415,7 @@ pub(super) struct Held(pub Arc<Path>);
 impl Drop for Held {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-        if let Some(credit) = &self.0.credit {
+        if let Some(OverBus { credit, .. }) = &self.0.bus {
             credit.sharers.fetch_sub(1, Ordering::Relaxed);
         }
     }

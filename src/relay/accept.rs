@@ -1,11 +1,7 @@
 //! The agents' door: `GET /ws?clientId=…` with sub-protocol `adit.v1`. Checks, switches protocols, and runs the tunnel
 //! until it ends. The only place of the relay that knows the WebSocket handshake.
 
-use std::{
-    net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
@@ -15,21 +11,20 @@ use hyper_util::rt::TokioIo;
 use super::{
     State,
     out_body::OutBody,
+    taker::TunnelTaker,
     tunnels::{Joined, Refused, Tunnel},
 };
 use crate::{
-    cluster::{letter::News, now_ms, peer::Parcel, registry::ConnectionRow},
+    cluster::{now_ms, registry::ConnectionRow},
     error::Cause,
     exchange::{
-        NotYours,
-        link::{KeepAlive, LinkEnd, Taker, drive},
+        link::{KeepAlive, LinkEnd, drive},
         path::{Owner, Path},
-        table::Taken,
     },
-    ids::{ClientId, RequestId, TokenId, TunnelId},
-    telemetry::{AuthFailure, FrameDrop, Violation},
+    ids::{ClientId, TokenId},
+    telemetry::{AuthFailure, Violation},
     wire::{
-        frame::{Code, Frame, FrameError, SUBPROTOCOL},
+        frame::{Frame, FrameError, SUBPROTOCOL},
         hello::{self, AgentHello, RelayHello},
         socket::{self, FrameSocket, Side, SocketError},
     },
@@ -117,7 +112,7 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
     let hello = match tokio::time::timeout(HELLO_TIMEOUT, read_hello(&mut socket)).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(why)) => {
-            state.metrics.violation(Violation::Hello);
+            state.board.metrics.violation(Violation::Hello);
             return tracing::info!(client.id = %client_id, remote = %remote, why, "an agent did not say hello");
         }
         Err(_) => return tracing::info!(client.id = %client_id, remote = %remote, "an agent did not say hello in time"),
@@ -126,10 +121,10 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
         client_id,
         instance_id: hello.instance_id,
     };
-    let path = Path::new(owner, state.exchanges.clock());
+    let path = Path::new(owner, state.board.exchanges.clock());
     let tunnel = Tunnel::here(hello.slot, hello.generation, token_id, path);
     let limit = state.config.tunnels.max_tunnels_per_client;
-    let joined = match state.tunnels.join(tunnel.clone(), limit) {
+    let joined = match state.board.tunnels.join(tunnel.clone(), limit) {
         Ok(joined) => joined,
         Err(Refused::TooMany) => {
             return tracing::warn!(client.id = %tunnel.path.owner.client_id, "the client holds as many tunnels as it may: refused");
@@ -138,14 +133,9 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
             return tracing::info!(client.id = %tunnel.path.owner.client_id, "the agent has dialled again meanwhile: this tunnel is not needed");
         }
     };
-    let _counted = state.metrics.tunnel();
+    let _counted = state.board.metrics.tunnel();
     begin(&state, &joined, &hello, remote);
-    let card = tunnel.card(state.peers.node_id());
-    let taker = RelayTaker {
-        tunnel_ws_id: tunnel.id,
-        parcel: Mutex::new(card.map(Parcel::new)),
-        state: state.clone(),
-    };
+    let taker = TunnelTaker::new(state.board.clone(), &tunnel);
     let keep_alive = KeepAlive {
         interval: state.config.tunnels.ping_interval,
         timeout: state.config.tunnels.ping_timeout,
@@ -179,15 +169,10 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello, remote: IpAddr) {
         ping_timeout_ms: state.config.tunnels.ping_timeout.as_millis() as u64,
         resume_timeout_ms: state.config.tunnels.resume_timeout.as_millis() as u64,
     }));
-    if let Some(old) = &joined.superseded {
-        old.close(Some(Frame::Superseded));
-        let moved = state.exchanges.path_lost(&old.path, Some(&tunnel.path));
-        state.metrics.exchanges_moved(moved);
-    }
     if let Some(left) = state.drain_left() {
         tunnel.path.send(Frame::Drain(left.as_millis() as u32));
     }
-    state.registry.record(ConnectionRow {
+    let row = ConnectionRow {
         tunnel_ws_id: tunnel.id,
         client_id: client_id.clone(),
         dialect: "adit".into(),
@@ -198,12 +183,8 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello, remote: IpAddr) {
         agent_version: Some(hello.version.chars().take(64).collect()),
         remote_addr: remote.to_string(),
         connected_at: now_ms(),
-    });
-    if let Some(card) = tunnel.card(state.peers.node_id()) {
-        state.peers.tell(client_id, News::Up(card));
-    }
-    let resumed = state.exchanges.path_found(&tunnel.path);
-    state.metrics.exchanges_moved(resumed);
+    };
+    let resumed = state.board.up(joined, row);
     tracing::info!(
         client.id = %client_id, tunnel.id = %tunnel.id, tunnel.slot = tunnel.slot, remote = %remote,
         agent.version = hello.version, exchanges.resumed = resumed, "tunnel open"
@@ -211,7 +192,7 @@ fn begin(state: &State, joined: &Joined, hello: &AgentHello, remote: IpAddr) {
 }
 
 /// Drives the tunnel; once it is closed here, its last words get a little time to leave.
-async fn drive_to_end<S>(socket: FrameSocket<S>, tunnel: &Tunnel, taker: &RelayTaker, keep_alive: KeepAlive) -> LinkEnd
+async fn drive_to_end<S>(socket: FrameSocket<S>, tunnel: &Tunnel, taker: &TunnelTaker, keep_alive: KeepAlive) -> LinkEnd
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
@@ -228,20 +209,9 @@ where
 /// The tunnel is over: out of the table and the registry; its exchanges go on over another of the same agent, or wait.
 fn finish(state: &State, joined: Joined, end: &LinkEnd) {
     let tunnel = joined.tunnel.clone();
-    drop(joined);
-    tunnel.path.close();
-    state.registry.forget(tunnel.id);
-    let tunnel_ws_id = tunnel.id;
-    state
-        .peers
-        .tell(&tunnel.path.owner.client_id, News::Down { tunnel_ws_id });
-    let other = state.tunnels.other_path(&tunnel.path.owner, Some(&tunnel.path));
-    let in_flight = tunnel.path.in_flight();
-    state
-        .metrics
-        .exchanges_moved(state.exchanges.path_lost(&tunnel.path, other.as_ref()));
+    let in_flight = state.board.down(joined);
     if let Some(violation) = violation_of(end) {
-        state.metrics.violation(violation);
+        state.board.metrics.violation(violation);
     }
     tracing::info!(
         client.id = %tunnel.path.owner.client_id, tunnel.id = %tunnel.id, why = %end, exchanges = in_flight,
@@ -257,73 +227,5 @@ fn violation_of(end: &LinkEnd) -> Option<Violation> {
         LinkEnd::Violation(_) | LinkEnd::Frame(_) => Some(Violation::Malformed),
         LinkEnd::Socket(SocketError::WebSocket(_) | SocketError::Text) => Some(Violation::Malformed),
         LinkEnd::PeerClosed | LinkEnd::Closed | LinkEnd::Silent | LinkEnd::Socket(SocketError::Io(_)) => None,
-    }
-}
-
-/// Takes the frames of one tunnel: to the exchanges whose downstream is here, or to the node that has it.
-struct RelayTaker {
-    state: Arc<State>,
-    tunnel_ws_id: TunnelId,
-    /// What of the message at hand is for other nodes. Only the link's own task locks it.
-    parcel: Mutex<Option<Parcel>>,
-}
-
-impl RelayTaker {
-    fn parcel(&self) -> MutexGuard<'_, Option<Parcel>> {
-        self.parcel.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// An exchange that is not known here is another node's, or nobody's.
-    fn pass_on(&self, id: RequestId, frame: &Frame, path: &Path) {
-        if self.state.peers.bus().is_alone() {
-            self.state.metrics.frame_dropped(FrameDrop::UnknownExchange);
-            return self.state.exchanges.refuse(id, frame, path);
-        }
-        if let Some(parcel) = self.parcel().as_mut() {
-            parcel.add(id, frame, path, &self.state.peers);
-        }
-    }
-}
-
-impl Taker for RelayTaker {
-    fn on_frame(&self, frame: Frame, path: &Arc<Path>) -> Result<(), LinkEnd> {
-        if path.is_closed() {
-            self.state.metrics.frame_dropped(FrameDrop::Superseded);
-            return Ok(());
-        }
-        let state = &self.state;
-        match &frame {
-            Frame::Stream(id, _) | Frame::Ack(id, _) | Frame::Stop(id, _) | Frame::Reset(id, _) => {
-                let id = *id;
-                let taken = state.exchanges.on_frame(id, frame, path);
-                match taken.map_err(|NotYours| LinkEnd::Foreign)? {
-                    Taken::Known => {}
-                    Taken::Moved => state.metrics.exchanges_moved(1),
-                    Taken::Unknown(frame) => self.pass_on(id, &frame, path),
-                }
-                Ok(())
-            }
-            Frame::Goodbye => {
-                state.exchanges.owner_left(&path.owner, Code::AgentLeft);
-                let Owner { client_id, instance_id } = path.owner.clone();
-                state.peers.tell(&client_id, News::AgentLeft { instance_id });
-                Ok(())
-            }
-            Frame::Drain(_) => {
-                path.set_leaving();
-                let tunnel_ws_id = self.tunnel_ws_id;
-                state.peers.tell(&path.owner.client_id, News::Leaving { tunnel_ws_id });
-                Ok(())
-            }
-            Frame::Open(..) | Frame::Done(_) => Err(LinkEnd::Violation("it sent a frame that only a relay sends")),
-            Frame::Hello(_) => Err(LinkEnd::Violation("it said hello twice")),
-            _ => Ok(()),
-        }
-    }
-
-    fn on_message_end(&self, _path: &Arc<Path>) {
-        if let Some(parcel) = self.parcel().as_mut() {
-            parcel.send(&self.state.peers);
-        }
     }
 }

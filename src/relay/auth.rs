@@ -85,6 +85,33 @@ impl Auth {
             .ok_or_else(|| self.refuse(remote_ip, Cause::Unauthorized))
     }
 
+    /// The relay's operator, by the admin token.
+    pub fn operator(&self, remote_ip: IpAddr, headers: &HeaderMap) -> Result<(), Cause> {
+        let presented = credential::bearer(headers).ok_or(Cause::Unauthorized)?;
+        match self.registry.check_admin(presented) {
+            true => Ok(()),
+            false => Err(self.refuse(remote_ip, Cause::Unauthorized)),
+        }
+    }
+
+    /// Whoever has a signature of this client, in the query.
+    pub async fn signature(&self, client_id: &ClientId, remote_ip: IpAddr, query: Option<&str>) -> Result<(), Cause> {
+        let presented = credential::signature(query).ok_or(Cause::Unauthorized)?;
+        match self.registry.verify_signature(client_id, presented).await? {
+            true => Ok(()),
+            false => Err(self.refuse(remote_ip, Cause::Unauthorized)),
+        }
+    }
+
+    /// The client that this magic token leads to.
+    pub async fn magic_token(&self, remote_ip: IpAddr, presented: &str) -> Result<Arc<Client>, Cause> {
+        let found = match self.registry.client_of_magic_token(presented).await? {
+            Some(client_id) => self.registry.client(&client_id).await?,
+            None => None,
+        };
+        found.ok_or_else(|| self.refuse(remote_ip, Cause::Unauthorized))
+    }
+
     /// A downstream that wants to reach this client: the client, and what of the request was the relay's to consume
     /// and must be stripped ([`Consumed::strip`]) before it goes on.
     pub async fn authorize_downstream(

@@ -1,4 +1,5 @@
-//! Which client a request is for: its host name, else `Adit-Client`, else `clientId` in the query.
+//! Which client a request is for: its host name, else `Adit-Client`, else `clientId` in the query (in any case, if none
+//! is written so: MoosicBox's apps do).
 
 use std::str;
 
@@ -51,17 +52,26 @@ fn from_header(headers: &HeaderMap) -> Result<Option<ClientId>, Cause> {
 }
 
 fn from_query(query: &str) -> Result<Option<ClientId>, Cause> {
-    let mut values = query.split('&').filter_map(|pair| {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        (name == CLIENT_ID_PARAMETER).then_some(value)
-    });
-    let Some(value) = values.next() else { return Ok(None) };
-    if values.next().is_some() {
-        return Err(Cause::BadRequest("there is more than one clientId in the query"));
-    }
+    let value = match the_one(query, |name| name == CLIENT_ID_PARAMETER)? {
+        None => the_one(query, |name| name.eq_ignore_ascii_case(CLIENT_ID_PARAMETER))?,
+        exact => exact,
+    };
+    let Some(value) = value else { return Ok(None) };
     let mut room = [0; CLIENT_ID_MAX];
     let decoded = percent_decode(value.as_bytes(), &mut room).and_then(|bytes| str::from_utf8(bytes).ok());
     parse(decoded.unwrap_or_default()).map(Some)
+}
+
+/// The value of the parameter of such a name, which may be there once.
+fn the_one(query: &str, is_name: fn(&str) -> bool) -> Result<Option<&str>, Cause> {
+    let mut values = query.split('&').filter_map(|pair| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        is_name(name).then_some(value)
+    });
+    match (values.next(), values.next()) {
+        (value, None) => Ok(value),
+        _ => Err(Cause::BadRequest("there is more than one clientId in the query")),
+    }
 }
 
 fn parse(text: &str) -> Result<ClientId, Cause> {
@@ -123,10 +133,9 @@ mod tests {
         assert_eq!(ask("/?clientId=c", "example.com", &["b"]), apex(Some("b")));
         assert_eq!(ask("/?a=1&clientId=c&b", "example.com", &[]), apex(Some("c")));
         assert_eq!(ask("/?clientId=%63%2D9", "relay.internal", &[]), apex(Some("c-9")));
-        assert_eq!(
-            ask("/?clientid=c&xclientId=c&a=clientId=c", "example.com", &[]),
-            apex(None)
-        );
+        assert_eq!(ask("/?xclientId=c&a=clientId=c", "example.com", &[]), apex(None));
+        assert_eq!(ask("/?a=1&ClientID=c", "example.com", &[]), apex(Some("c")));
+        assert_eq!(ask("/?clientid=d&clientId=c", "example.com", &[]), apex(Some("c")));
         assert_eq!(ask("/", "notexample.com", &[]), apex(None), "a suffix, but not a label");
     }
 
@@ -161,6 +170,7 @@ mod tests {
     #[test]
     fn a_client_named_twice_is_refused() {
         assert!(ask("/?clientId=a&clientId=a", "example.com", &[]).is_err());
+        assert!(ask("/?clientid=a&CLIENTID=a", "example.com", &[]).is_err());
         assert!(ask("/", "example.com", &["a", "a"]).is_err());
     }
 

@@ -66,6 +66,8 @@ pub struct Arrival {
     pub body: Incoming,
     /// The connection it came on.
     pub connection: ConnHandle,
+    /// Let in already: nothing of it is a credential for its client's door.
+    pub let_in: Option<Arc<Client>>,
 }
 
 /// Answers a request for a client. Whatever becomes of it is counted and logged, once.
@@ -87,12 +89,12 @@ async fn serve_recorded(
     let (mut asked, mut body) = ask(state, arrival).await?;
     let mut not = None;
     loop {
-        let tunnel = router::route(state, &asked.client, not.as_ref()).await?;
-        let open = state.exchanges.open(request_id, &tunnel.path);
+        let tunnel = router::route(&state.board, &asked.client, not.as_ref()).await?;
+        let open = state.board.exchanges.open(request_id, &tunnel.path);
         let exchange = open.exchange.clone();
         let called = tokio::select! {
             called = call(state, &asked, open, body.take()) => called.map_err(Failed::Exchange),
-            failed = router::follow(state, &asked, &exchange) => Err(failed),
+            failed = router::follow(&state.board, &asked.client, asked.repeatable, &exchange) => Err(failed),
         };
         let failed = match called {
             Ok(answer) => match respond::respond(state, &mut asked, answer, record).await {
@@ -118,6 +120,7 @@ async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>
         mut parts,
         body,
         connection,
+        let_in,
         ..
     } = arrival;
     let trusted = &state.config.trusted_proxies;
@@ -128,10 +131,13 @@ async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>
         trusted,
     };
     let from = hop.client_address(&parts.headers);
-    let authorized = state
-        .auth
-        .authorize_downstream(&client_id, from, &parts.headers, target.query())
-        .await;
+    let authorized = match let_in {
+        Some(client) => Ok((client, Consumed::Nothing)),
+        None => {
+            let (headers, query) = (&parts.headers, target.query());
+            state.auth.authorize_downstream(&client_id, from, headers, query).await
+        }
+    };
     let (client, consumed) =
         authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
     let buffered = wants_it_whole(&parts, &target);

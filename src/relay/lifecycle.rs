@@ -1,7 +1,6 @@
 //! A node's life: what runs beside requests, and how it leaves without anyone noticing.
 
 use std::{
-    collections::HashSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,24 +13,19 @@ use super::{
     Listeners, State,
     admin::{self, Readiness},
     downstream::{io::Timeouts, listener},
-    inbox::NodeInbox,
     routes,
-    tunnels::Tunnel,
+    switchboard::ASK_SILENT_EVERY,
 };
 use crate::{
-    cluster::{bus::Channel, letter::News, registry::RegistryEvent},
-    exchange::{path::Path, table::TICK},
+    cluster::{letter::News, registry::RegistryEvent},
+    exchange::table::TICK,
     shutdown::Shutdown,
-    wire::frame::{Code, Frame},
 };
 
 /// How often clients that left long ago are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(10);
 /// How long agents get to open tunnels elsewhere, where there is an elsewhere. Each closes as its successor is up.
 const MOVING: Duration = Duration::from_secs(10);
-/// A tunnel that carries exchanges and says nothing is asked whether it lives this often, so that one that is wedged is
-/// noticed long before its keep-alive gives up.
-const ASK_SILENT_EVERY: Duration = Duration::from_secs(1);
 /// How long closed tunnels may take to flush their last words.
 const CLOSING: Duration = Duration::from_secs(3);
 
@@ -65,7 +59,7 @@ pub(super) async fn run(
     }
     close_public.cancel();
     close_tunnels(&state, &shutdown).await;
-    state.peers.flush().await;
+    state.board.peers.flush().await;
     close_rest.cancel();
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => {}
@@ -82,22 +76,15 @@ async fn leave(state: &State, close_public: &CancellationToken) {
     state.drain_until.send_replace(Some(until));
     state.registry.set_draining();
     tracing::info!(
-        exchanges = state.exchanges.len(),
-        tunnels = state.tunnels.len(),
+        exchanges = state.board.exchanges.len(),
+        tunnels = state.board.tunnels.len(),
         "draining"
     );
     // 2. Peers send nothing new through this node, and agents open tunnels elsewhere first.
-    let left = state.config.drain_timeout.as_millis() as u32;
-    for tunnel in state.tunnels.held() {
-        let tunnel_ws_id = tunnel.id;
-        state
-            .peers
-            .tell(&tunnel.path.owner.client_id, News::Leaving { tunnel_ws_id });
-        tunnel.path.send(Frame::Drain(left));
-    }
-    if !state.peers.bus().is_alone() && state.registry.has_peers().await == Ok(true) {
+    state.board.send_away(state.config.drain_timeout);
+    if !state.board.peers.bus().is_alone() && state.registry.has_peers().await == Ok(true) {
         let moved = async {
-            while !state.tunnels.is_empty() {
+            while !state.board.tunnels.is_empty() {
                 tokio::time::sleep(TICK).await;
             }
         };
@@ -106,13 +93,13 @@ async fn leave(state: &State, close_public: &CancellationToken) {
     }
     // 3. What is in flight ends by itself.
     let idle = async {
-        while !state.exchanges.is_empty() {
+        while !state.board.exchanges.is_empty() {
             tokio::time::sleep(TICK).await;
         }
     };
     if tokio::time::timeout_at(until.into(), idle).await.is_err() {
         tracing::warn!(
-            exchanges = state.exchanges.len(),
+            exchanges = state.board.exchanges.len(),
             "the drain timeout passed: what is still in flight is cut"
         );
     }
@@ -122,7 +109,7 @@ async fn leave(state: &State, close_public: &CancellationToken) {
 
 /// The tunnels say goodbye; their rows go with them.
 async fn close_tunnels(state: &State, shutdown: &Shutdown) {
-    state.tunnels.held().iter().for_each(|tunnel| tunnel.close(None));
+    state.board.tunnels.held().iter().for_each(|tunnel| tunnel.close(None));
     state.tasks.close();
     tokio::select! {
         done = tokio::time::timeout(CLOSING, state.tasks.wait()) => {
@@ -159,7 +146,7 @@ async fn serve_admin(state: Arc<State>, socket: tokio::net::TcpListener, close: 
     let admin = admin::Admin {
         registry: state.registry.clone(),
         readiness: Box::new(move || readiness_of(&readiness)),
-        metrics: Box::new(move || metrics.metrics.render(metrics.peers.bus().counts())),
+        metrics: Box::new(move || metrics.board.metrics.render(metrics.board.peers.bus().counts())),
     };
     let served = axum::serve(socket, admin::router(Arc::new(admin)));
     if let Err(error) = served.with_graceful_shutdown(close.cancelled_owned()).await {
@@ -172,7 +159,7 @@ fn readiness_of(state: &State) -> Readiness {
     if state.is_draining() {
         return Readiness::NotReady("this node is leaving");
     }
-    match (state.peers.bus().is_up(), state.registry.is_away()) {
+    match (state.board.peers.bus().is_up(), state.registry.is_away()) {
         (true, false) => Readiness::Ready,
         (false, _) => Readiness::Degraded("the bus is away: requests whose tunnel is on another node fail"),
         (true, true) => Readiness::Degraded("the database is away: clients that are not cached fail"),
@@ -181,11 +168,8 @@ fn readiness_of(state: &State) -> Readiness {
 
 /// Speaks with the other nodes, over the bus.
 async fn speak_with_peers(state: Arc<State>, close: CancellationToken) {
-    let peers = &state.peers;
-    peers.bus().subscribe(Channel::Node(peers.node_id()));
     tokio::select! {
-        () = peers.bus().run(Arc::new(NodeInbox(state.clone()))) => {}
-        () = peers.carry(|lost| state.undelivered(lost)) => {}
+        () = state.board.speak_with_peers() => {}
         () = close.cancelled() => {}
     }
 }
@@ -199,22 +183,12 @@ async fn pass_time(state: Arc<State>, close: CancellationToken) {
     loop {
         tokio::select! {
             _ = ticks.tick() => {
-                let moved = state.exchanges.tick(|owner, not| state.tunnels.other_path(owner, not));
-                state.metrics.exchanges_moved(moved);
-                state.peers.on_tick();
+                state.board.tick();
             }
-            _ = ask.tick() => ask_silent(&state),
-            _ = forget.tick() => state.tunnels.forget(state.config.tunnels.park_memory),
+            _ = ask.tick() => state.board.ask_silent(),
+            _ = forget.tick() => state.board.tunnels.forget(state.config.tunnels.park_memory),
             () = close.cancelled() => return,
         }
-    }
-}
-
-fn ask_silent(state: &State) {
-    let now = state.exchanges.clock().now();
-    let silent = |path: &Path| path.in_flight() > 0 && path.silent_for(now) >= ASK_SILENT_EVERY;
-    for tunnel in state.tunnels.held().iter().filter(|tunnel| silent(&tunnel.path)) {
-        tunnel.path.send(Frame::Ping(now.as_micros() as u64));
     }
 }
 
@@ -228,15 +202,15 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
         };
         match event {
             Ok(RegistryEvent::TokenRevoked { client_id, token_id }) => {
-                state.peers.tell(&client_id, News::TokenRevoked { token_id });
-                revoke(&state, |tunnel| tunnel.token_id == token_id);
+                state.board.peers.tell(&client_id, News::TokenRevoked { token_id });
+                state.board.revoke(|tunnel| tunnel.token_id == token_id);
             }
             Ok(RegistryEvent::ClientDeleted { client_id }) => {
-                state.peers.tell(&client_id, News::ClientDeleted);
-                revoke(&state, |tunnel| tunnel.path.owner.client_id == client_id);
+                state.board.peers.tell(&client_id, News::ClientDeleted);
+                state.board.revoke(|tunnel| tunnel.path.owner.client_id == client_id);
             }
             Ok(RegistryEvent::ClientChanged { client_id }) => {
-                state.peers.tell(&client_id, News::ClientChanged);
+                state.board.peers.tell(&client_id, News::ClientChanged);
             }
             // Too many at once to be told one by one: look which tokens are still good.
             Err(broadcast::error::RecvError::Lagged(_)) => recheck(&state).await,
@@ -245,28 +219,14 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
     }
 }
 
-/// Ends what runs through these tunnels, wherever they are; those that are here are closed, and peers close theirs.
-pub(super) fn revoke(state: &State, doomed: impl Fn(&Tunnel) -> bool) {
-    let known = state.tunnels.known().into_iter();
-    let tunnels: Vec<_> = known.filter(|tunnel| doomed(tunnel)).collect();
-    let owners: HashSet<_> = tunnels.iter().map(|tunnel| tunnel.path.owner.clone()).collect();
-    // What is tried again must not come back to them.
-    tunnels.iter().for_each(|tunnel| tunnel.path.set_leaving());
-    state.exchanges.reset_owners(&owners, Code::PathLost);
-    for tunnel in tunnels.iter().filter(|tunnel| tunnel.is_here()) {
-        tracing::info!(client.id = %tunnel.path.owner.client_id, tunnel.id = %tunnel.id, "its token was revoked: closing the tunnel");
-        tunnel.close(None);
-    }
-}
-
 async fn recheck(state: &State) {
-    for tunnel in state.tunnels.held() {
+    for tunnel in state.board.tunnels.held() {
         let client_id = &tunnel.path.owner.client_id;
         let Ok(client) = state.registry.client(client_id).await else {
             continue;
         };
         if !client.is_some_and(|client| client.has_token(tunnel.token_id)) {
-            revoke(state, |other| other.id == tunnel.id);
+            state.board.revoke(|other| other.id == tunnel.id);
         }
     }
 }

@@ -3,9 +3,11 @@
 //! In the order in which a request meets them:
 //! - [`downstream`]: connections, their limits and deadlines
 //! - [`routes`]: every route · [`strict`]: which heads are let in · [`client_of`]: whose they are
+//! - `auth_api`: credentials, made and checked · `cors`: who else's pages may read the answers
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
+//! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
-//! - [`accept`]: the door that agents come in by · [`inbox`]: what comes from peers, over the bus
+//! - [`accept`]: the door that agents come in by · [`taker`]: what comes by it · [`inbox`]: what comes from peers
 //! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
 
 use std::{
@@ -20,8 +22,10 @@ use tokio_util::task::TaskTracker;
 pub mod accept;
 pub mod admin;
 pub mod auth;
+mod auth_api;
 mod authority;
 pub mod client_of;
+mod cors;
 pub mod downstream;
 pub mod forward;
 pub mod forwarded;
@@ -33,21 +37,22 @@ pub mod respond;
 pub mod router;
 pub mod routes;
 pub mod strict;
+pub mod switchboard;
+pub mod taker;
 pub mod tunnels;
 
+use self::switchboard::Switchboard;
 use crate::{
     cluster::{
         bus::{Bus, local::Hub},
-        peer::Peers,
         registry::{Node, Registry},
         store::Store,
     },
     config::RelayConfig,
     error::Cause,
-    exchange::{Clock, table::Exchanges},
     secret::Secret,
     shutdown::Shutdown,
-    telemetry::{AuthFailure, Metrics},
+    telemetry::AuthFailure,
 };
 
 /// The memory for buffered responses is counted in pieces of this many bytes.
@@ -65,14 +70,8 @@ pub struct State {
     pub registry: Arc<Registry>,
     /// Credentials and their checks.
     pub auth: auth::Auth,
-    /// The other nodes, by the bus.
-    pub peers: Arc<Peers>,
-    /// The tunnels held here, or known to be held by peers.
-    pub tunnels: Arc<tunnels::Tunnels>,
-    /// The exchanges whose downstream is here.
-    pub exchanges: Arc<Exchanges>,
-    /// What is counted.
-    pub metrics: Metrics,
+    /// Tunnels, exchanges, peers.
+    pub board: Arc<Switchboard>,
     /// Tunnels and upgraded connections: waited for at the end.
     pub tasks: TaskTracker,
     /// Memory left for buffered responses, in [`BUFFER_UNIT`]s.
@@ -83,12 +82,7 @@ pub struct State {
 
 impl State {
     fn new(config: RelayConfig, registry: Arc<Registry>, bus: Bus, bound: SocketAddr) -> Self {
-        let (clock, resume_timeout) = (Clock::default(), config.tunnels.resume_timeout);
-        let peers = Arc::new(Peers::new(Arc::new(bus), registry.node_id()));
-        let exchanges = match peers.bus().is_alone() {
-            true => Exchanges::new(clock, resume_timeout),
-            false => Exchanges::with_way_back(clock, resume_timeout, peers.clone()),
-        };
+        let board = Switchboard::new(config.tunnels.clone(), registry.node_id(), bus, registry.clone());
         let limits = strict::Limits {
             target: config.http.max_target,
             headers: config.http.max_header_bytes,
@@ -98,10 +92,7 @@ impl State {
             limits,
             auth: auth::Auth::new(registry.clone()),
             registry,
-            tunnels: tunnels::Tunnels::new(peers.clone(), clock),
-            exchanges: Arc::new(exchanges),
-            peers,
-            metrics: Metrics::new(),
+            board: Arc::new(board),
             tasks: TaskTracker::new(),
             buffers: Arc::new(Semaphore::new(config.http.buffered_total / BUFFER_UNIT)),
             drain_until: watch::Sender::new(None),
@@ -115,7 +106,7 @@ impl State {
             cause,
             Cause::Unauthorized | Cause::UnauthorizedBasic | Cause::TooMany(..)
         ) {
-            self.metrics.auth_failure(who);
+            self.board.metrics.auth_failure(who);
         }
     }
 

@@ -127,7 +127,7 @@ impl Record {
             started: Instant::now(),
             bytes: 0,
             declared: None,
-            in_flight: Some(state.metrics.exchange()),
+            in_flight: Some(state.board.metrics.exchange()),
             outcome: Outcome::DownstreamLeft,
             budget: None,
         }
@@ -195,8 +195,9 @@ pub fn outcome_of(code: Code) -> Outcome {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        self.state.metrics.from_upstream(self.bytes);
+        self.state.board.metrics.from_upstream(self.bytes);
         self.state
+            .board
             .metrics
             .to_upstream(self.exchange.as_ref().map_or(0, |exchange| exchange.body_sent()));
         self.in_flight

@@ -31,7 +31,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("adit-request-id");
 
 /// Why a request got no answer of its upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Failed {
+pub enum Failed {
     /// The exchange ended before the answer was there.
     Exchange(Failure),
     /// The answer cannot be passed on.

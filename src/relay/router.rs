@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{State, ingress::Asked, respond::Failed, tunnels::Tunnel};
+use super::{respond::Failed, switchboard::Switchboard, tunnels::Tunnel};
 use crate::{
     cluster::{
         letter::Card,
@@ -26,52 +26,53 @@ const BUS_PATIENCE: Duration = Duration::from_millis(1500);
 const BUS_LOOK: Duration = Duration::from_millis(50);
 
 /// A tunnel of the client, not one of `not`'s if given. Waits for one if the client was just here.
-pub(super) async fn route(state: &State, client: &Client, not: Option<&Owner>) -> Result<Arc<Tunnel>, Cause> {
-    let here = state
+pub async fn route(board: &Switchboard, client: &Client, not: Option<&Owner>) -> Result<Arc<Tunnel>, Cause> {
+    let here = board
         .tunnels
         .pick(&client.client_id, not)
         .filter(|tunnel| tunnel.is_here());
     if let Some(tunnel) = here {
         return Ok(tunnel);
     }
-    let looked = look_up(state, &client.client_id, None).await;
-    match state.tunnels.pick(&client.client_id, not) {
-        Some(tunnel) => reachable(state, tunnel).await,
-        None => park(state, client, not, looked).await,
+    let looked = look_up(board, &client.client_id, None).await;
+    match board.tunnels.pick(&client.client_id, not) {
+        Some(tunnel) => reachable(board, tunnel).await,
+        None => park(board, client, not, looked).await,
     }
 }
 
 /// Waits for a tunnel of a client that was connected a moment ago. `looked`: what came of asking the registry.
 async fn park(
-    state: &State,
+    board: &Switchboard,
     client: &Client,
     not: Option<&Owner>,
     mut looked: Result<(), RegistryAway>,
 ) -> Result<Arc<Tunnel>, Cause> {
-    let (client_id, config) = (&client.client_id, &state.config.tunnels);
+    let (client_id, config) = (&client.client_id, &board.config);
     let until = Instant::now() + config.park_timeout;
     loop {
-        let coming = state.tunnels.coming(client_id);
+        let coming = board.tunnels.coming(client_id);
         let mut next = std::pin::pin!(coming.notified());
         next.as_mut().enable();
-        if let Some(tunnel) = state.tunnels.pick(client_id, not) {
-            return reachable(state, tunnel).await;
+        if let Some(tunnel) = board.tunnels.pick(client_id, not) {
+            return reachable(board, tunnel).await;
         }
-        if !state.tunnels.was_here(client_id, config.park_memory) && !seen_lately(client, config.park_memory) {
+        if !board.tunnels.was_here(client_id, config.park_memory) && !seen_lately(client, config.park_memory) {
             return Err(looked.map_or_else(Cause::from, |()| Cause::NoTunnel));
         }
         tokio::select! {
+            biased;
             () = next => {}
-            () = tokio::time::sleep(LOOK_EVERY) => looked = look_up(state, client_id, Some(LOOK_EVERY)).await,
+            () = tokio::time::sleep(LOOK_EVERY) => looked = look_up(board, client_id, Some(LOOK_EVERY)).await,
             () = tokio::time::sleep_until(until) => return Err(Cause::NoTunnel),
         }
     }
 }
 
 /// A peer's tunnel is of use while the bus carries.
-async fn reachable(state: &State, tunnel: Arc<Tunnel>) -> Result<Arc<Tunnel>, Cause> {
+async fn reachable(board: &Switchboard, tunnel: Arc<Tunnel>) -> Result<Arc<Tunnel>, Cause> {
     let until = Instant::now() + BUS_PATIENCE;
-    while !tunnel.is_here() && !state.peers.bus().is_up() {
+    while !tunnel.is_here() && !board.peers.bus().is_up() {
         if Instant::now() >= until {
             return Err(Cause::Unavailable(
                 "the relay's nodes cannot reach each other right now: try again",
@@ -83,19 +84,19 @@ async fn reachable(state: &State, tunnel: Arc<Tunnel>) -> Result<Arc<Tunnel>, Ca
 }
 
 /// Asks the registry which peers hold tunnels of this client, unless it was asked just now.
-async fn look_up(state: &State, client_id: &ClientId, fresh_for: Option<Duration>) -> Result<(), RegistryAway> {
-    if state.peers.bus().is_alone() || !state.tunnels.is_stale(client_id, fresh_for) {
+async fn look_up(board: &Switchboard, client_id: &ClientId, fresh_for: Option<Duration>) -> Result<(), RegistryAway> {
+    if board.peers.bus().is_alone() || !board.tunnels.is_stale(client_id, fresh_for) {
         return Ok(());
     }
-    let holders = state.registry.holders(client_id).await?;
-    let me = state.peers.node_id();
+    let holders = board.directory.holders(client_id).await?;
+    let me = board.node_id();
     let at_peers = || holders.iter().filter(|holder| holder.node_id != me);
     let cards: Vec<Card> = at_peers().filter_map(card).collect();
-    let (new, gone) = state.tunnels.reconcile(client_id, &cards);
-    new.into_iter().for_each(|learned| state.follow_news(learned));
-    gone.iter().for_each(|tunnel| state.lose_peer(tunnel));
+    let (new, gone) = board.tunnels.reconcile(client_id, &cards);
+    new.into_iter().for_each(|learned| board.follow_news(learned));
+    gone.iter().for_each(|tunnel| board.lose(tunnel));
     for leaving in at_peers().filter(|holder| holder.draining) {
-        if let Some(tunnel) = state.tunnels.find(client_id, leaving.tunnel.tunnel_ws_id) {
+        if let Some(tunnel) = board.tunnels.find(client_id, leaving.tunnel.tunnel_ws_id) {
             tunnel.path.set_leaving();
         }
     }
@@ -130,14 +131,15 @@ const DESERTED_LOOK: Duration = Duration::from_millis(200);
 /// Keeps a request on its way until its answer is here. What certainly reached nobody goes elsewhere, at once, whatever
 /// it is. What may have reached an agent stays with that, but for a repeatable one whose agent is gone. Returns when
 /// there is nowhere to go.
-pub(super) async fn follow(state: &State, asked: &Asked, exchange: &Arc<Exchange>) -> Failed {
+pub async fn follow(board: &Switchboard, client: &Client, repeatable: bool, exchange: &Arc<Exchange>) -> Failed {
     loop {
         tokio::select! {
-            () = exchange.unreached() => match route(state, &asked.client, None).await {
-                Ok(tunnel) => drop(state.exchanges.rehome(exchange, &tunnel.path)),
+            biased;
+            () = exchange.unreached() => match route(board, client, None).await {
+                Ok(tunnel) => drop(board.exchanges.rehome(exchange, &tunnel.path)),
                 Err(cause) => return Failed::Answer(cause),
             },
-            () = deserted(state, exchange), if asked.repeatable => {
+            () = deserted(board, exchange), if repeatable => {
                 return Failed::Exchange(Failure::Reset(Code::PathLost));
             }
         }
@@ -146,7 +148,7 @@ pub(super) async fn follow(state: &State, asked: &Asked, exchange: &Arc<Exchange
 
 /// Waits until the exchange's agent has lost its tunnels and not come back, while another agent of the client is here: a
 /// killed agent that was started again is another.
-async fn deserted(state: &State, exchange: &Exchange) {
+async fn deserted(board: &Switchboard, exchange: &Exchange) {
     loop {
         match exchange.path().filter(|path| !path.is_closed()) {
             Some(path) => path.closed().await,
@@ -154,7 +156,7 @@ async fn deserted(state: &State, exchange: &Exchange) {
         }
         let owner = exchange.owner();
         let lost = exchange.cut_for().is_some_and(|time| time >= DESERTED_AFTER);
-        if lost && state.tunnels.pick(&owner.client_id, Some(&owner)).is_some() {
+        if lost && board.tunnels.pick(&owner.client_id, Some(&owner)).is_some() {
             return;
         }
     }

@@ -66,6 +66,16 @@ impl Target {
         self.path_and_query.path()
     }
 
+    /// The same host, asked for something else, and plainly.
+    pub(super) fn instead(self, path_and_query: PathAndQuery) -> Self {
+        Self {
+            path_and_query,
+            websocket: false,
+            expects_continue: false,
+            ..self
+        }
+    }
+
     /// What follows the first `?`.
     pub fn query(&self) -> Option<&str> {
         self.path_and_query.query()

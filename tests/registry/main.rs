@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use adit::{
     cluster::{
-        registry::{NewAuth, Registry, RegistryAway, RegistryEvent, Watch},
+        registry::{NewAuth, Registry, RegistryAway, RegistryError, RegistryEvent, Watch},
         store::{NodeRow, SchemaVersion, Store},
     },
     error::Cause,
@@ -431,6 +431,56 @@ async fn nothing_that_is_stored_or_printed_holds_a_secret(database: Database) {
     }
 }
 
+async fn a_magic_token_leads_to_its_client_from_any_node_until_the_client_is_deleted(database: Database) {
+    let (one, other) = (database.node(), database.node());
+    let auth = Auth::new(other.clone());
+    let unknown = one.register_magic_token(&id("home"), "canary-magic").await;
+    assert!(matches!(unknown, Err(RegistryError::UnknownClient)));
+    for client in ["home", "work"] {
+        one.create_client(&id(client), NewAuth::Token).await.expect("created");
+    }
+    for _ in 0..2 {
+        let made = one.register_magic_token(&id("home"), "canary-magic").await;
+        made.expect("made, or made before");
+    }
+    let taken = other.register_magic_token(&id("work"), "canary-magic").await;
+    assert!(matches!(taken, Err(RegistryError::TokenTaken)));
+    for _ in 0..2 {
+        let found = auth.magic_token(HERE, "canary-magic").await.expect("found");
+        assert_eq!(found.client_id, id("home"));
+    }
+    for wrong in ["", "canary-magi", "CANARY-MAGIC", "canary-magic "] {
+        let found = auth.magic_token(HERE, wrong).await;
+        assert_eq!(found, Err(Cause::Unauthorized), "{wrong:?}");
+    }
+    let stored = database.contents().await;
+    let canary = b"canary-magic";
+    assert!(!stored.windows(canary.len()).any(|window| window == canary));
+
+    one.delete_client(&id("home")).await.expect("deleted");
+    one.create_client(&id("home"), NewAuth::Token)
+        .await
+        .expect("created again");
+    assert_eq!(other.client_of_magic_token("canary-magic").await, Ok(None));
+}
+
+async fn a_client_that_is_registered_again_has_one_more_token(database: Database) {
+    let (one, other) = (database.node(), database.node());
+    let first = one.register_client(&id("home"), "by hand").await.expect("made");
+    let second = other.register_client(&id("home"), "by hand").await.expect("added");
+    let auth = Auth::new(database.node());
+    for secret in [&first, &second] {
+        let known = auth.agent(&id("home"), HERE, &bearer(secret.expose())).await;
+        known.expect("let in");
+    }
+    assert_eq!(one.list_tokens(&id("home")).await.expect("known").len(), 2);
+    // At once, on two nodes.
+    let work = id("work");
+    let both = join_all([&one, &other].map(|node| node.register_client(&work, "by hand"))).await;
+    assert!(both.iter().all(Result::is_ok), "{both:?}");
+    assert_eq!(one.list_tokens(&id("work")).await.expect("known").len(), 2);
+}
+
 async fn nodes_that_start_at_once_bring_the_database_to_their_version_together(database: Database) {
     database.begin_anew().await;
     let opened = join_all((0..6).map(|_| Store::open(&database.url))).await;
@@ -575,6 +625,8 @@ with_both! {
     a_revoked_token_stays_revoked_when_the_database_goes_away,
     a_node_writes_promptly_while_it_runs_and_takes_its_rows_with_it,
     nothing_that_is_stored_or_printed_holds_a_secret,
+    a_magic_token_leads_to_its_client_from_any_node_until_the_client_is_deleted,
+    a_client_that_is_registered_again_has_one_more_token,
     nodes_that_start_at_once_bring_the_database_to_their_version_together,
     a_database_that_a_newer_version_has_changed_still_serves_this_one,
     names_that_are_nearly_the_same_are_not,

@@ -1,24 +1,26 @@
 //! The bus inside one process: the embedded default, mostly with one node; and the place where tests make a bus lose,
-//! repeat and reorder, under a seed.
+//! repeat, reorder and delay, and cut nodes off, under a seed.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{Channel, Counts, Inbox, Reached, Receipt};
+use crate::ids::NodeId;
 
 /// Messages that wait for a node that does not take them; more are lost, and it is told so.
 const QUEUE: usize = 4096;
 
-/// How a bus misbehaves: shares of messages, 0 to 1.
+/// How a bus misbehaves; of messages, shares from 0 to 1.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Faults {
     /// Lost, though the publisher hears that somebody was there.
@@ -27,11 +29,17 @@ pub struct Faults {
     pub duplicate: f64,
     /// Held back until the next message for the same node.
     pub reorder: f64,
+    /// The longest that a message is on its way.
+    pub delay: Duration,
 }
 
-enum Delivery {
-    Message(Bytes),
-    Interrupted,
+struct Delivery {
+    /// `None`: messages may have been missed.
+    message: Option<Bytes>,
+    /// Not before this.
+    due: Option<Instant>,
+    /// How often its node had been cut off when it left.
+    cuts: u64,
 }
 
 /// What the nodes of a process share.
@@ -46,18 +54,29 @@ pub struct Hub {
 #[derive(Default)]
 struct Table {
     next: u64,
-    nodes: HashMap<u64, Node>,
+    nodes: BTreeMap<u64, Node>,
     channels: HashMap<Channel, Vec<u64>>,
     faults: Option<(Faults, SmallRng)>,
 }
 
 struct Node {
     deliveries: mpsc::Sender<Delivery>,
+    line: Arc<Line>,
+    /// When the last delivery is due: a bus keeps order.
+    due: Option<Instant>,
     held_back: Option<Bytes>,
     /// The queue was full: it has to be told that it missed something.
     missed: bool,
     /// Messages lost, repeated or held back on purpose.
     tampered: u64,
+}
+
+/// A node's connection to the bus.
+#[derive(Default)]
+struct Line {
+    is_cut: AtomicBool,
+    /// What left before the last cut is lost.
+    cuts: AtomicU64,
 }
 
 impl Hub {
@@ -89,6 +108,33 @@ impl Hub {
         self.table().nodes.values().map(|node| node.tampered).sum()
     }
 
+    /// Cuts a node off: what is on its way to it is lost, and what it says is not sent.
+    pub fn cut_off(&self, node_id: NodeId) {
+        self.with(node_id, |node| {
+            node.line.is_cut.store(true, Ordering::Relaxed);
+            node.line.cuts.fetch_add(1, Ordering::Relaxed);
+        });
+    }
+
+    /// Connects a node again: it is told that it may have missed messages.
+    pub fn reconnect(&self, node_id: NodeId) {
+        self.with(node_id, |node| {
+            node.line.is_cut.store(false, Ordering::Relaxed);
+            node.interrupt();
+        });
+    }
+
+    fn with(&self, node_id: NodeId, act: impl FnOnce(&mut Node)) {
+        let mut table = self.table();
+        let id = table
+            .channels
+            .get(&Channel::Node(node_id))
+            .and_then(|ids| ids.first().copied());
+        if let Some(node) = id.and_then(|id| table.nodes.get_mut(&id)) {
+            act(node);
+        }
+    }
+
     /// Tells every node that it may have missed messages, as a bus does that was cut.
     pub fn interrupt(&self) {
         let mut table = self.table();
@@ -104,8 +150,11 @@ impl Hub {
         let mut table = self.table();
         table.next += 1;
         let id = table.next;
+        let line = Arc::new(Line::default());
         let node = Node {
             deliveries,
+            line: line.clone(),
+            due: None,
             held_back: None,
             missed: false,
             tampered: 0,
@@ -114,6 +163,7 @@ impl Hub {
         Endpoint {
             hub: self.clone(),
             id,
+            line,
             queue: tokio::sync::Mutex::new(queue),
             published: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -123,14 +173,22 @@ impl Hub {
 }
 
 impl Node {
-    fn put(&mut self, delivery: Delivery) {
-        if self.deliveries.try_send(delivery).is_err() {
-            self.missed = true;
-        }
+    /// False when there is no room for it.
+    fn put(&mut self, message: Option<Bytes>) -> bool {
+        let delivery = Delivery {
+            message,
+            due: self.due,
+            cuts: self.line.cuts.load(Ordering::Relaxed),
+        };
+        self.deliveries.try_send(delivery).is_ok()
+    }
+
+    fn put_message(&mut self, message: &Bytes) {
+        self.missed |= !self.put(Some(message.clone()));
     }
 
     fn interrupt(&mut self) {
-        self.missed = self.deliveries.try_send(Delivery::Interrupted).is_err();
+        self.missed = !self.put(None);
     }
 
     fn deliver(&mut self, message: &Bytes, faults: Option<&mut (Faults, SmallRng)>) {
@@ -138,8 +196,12 @@ impl Node {
             self.interrupt();
         }
         let Some((faults, rng)) = faults else {
-            return self.put(Delivery::Message(message.clone()));
+            return self.put_message(message);
         };
+        if !faults.delay.is_zero() {
+            let due = Instant::now() + faults.delay.mul_f64(rng.random());
+            self.due = Some(self.due.map_or(due, |last| last.max(due)));
+        }
         if rng.random_bool(faults.loss) {
             self.tampered += 1;
             return;
@@ -149,13 +211,13 @@ impl Node {
             self.held_back = Some(message.clone());
             return;
         }
-        self.put(Delivery::Message(message.clone()));
+        self.put_message(message);
         if rng.random_bool(faults.duplicate) {
             self.tampered += 1;
-            self.put(Delivery::Message(message.clone()));
+            self.put_message(message);
         }
         if let Some(late) = self.held_back.take() {
-            self.put(Delivery::Message(late));
+            self.put_message(&late);
         }
     }
 }
@@ -164,6 +226,7 @@ impl Node {
 pub(super) struct Endpoint {
     hub: Arc<Hub>,
     id: u64,
+    line: Arc<Line>,
     /// Taken by whoever runs the endpoint.
     queue: tokio::sync::Mutex<mpsc::Receiver<Delivery>>,
     published: AtomicU64,
@@ -176,7 +239,14 @@ impl Endpoint {
         !self.hub.shared
     }
 
+    pub fn is_up(&self) -> bool {
+        !self.line.is_cut.load(Ordering::Relaxed)
+    }
+
     pub fn publish(&self, channel: &Channel, message: &Bytes) -> Receipt {
+        if !self.is_up() {
+            return Receipt::settled(Reached::Unsent);
+        }
         self.published.fetch_add(1, Ordering::Relaxed);
         let mut table = self.hub.table();
         let Table {
@@ -188,12 +258,20 @@ impl Endpoint {
         let Some(listeners) = channels.get(channel) else {
             return Receipt::settled(Reached::Nobody);
         };
+        let mut reached = 0;
         for id in listeners {
-            if let Some(node) = nodes.get_mut(id) {
+            if let Some(node) = nodes
+                .get_mut(id)
+                .filter(|node| !node.line.is_cut.load(Ordering::Relaxed))
+            {
                 node.deliver(message, faults.as_mut());
+                reached += 1;
             }
         }
-        Receipt::settled(Reached::Somebody(listeners.len() as u64))
+        Receipt::settled(match reached {
+            0 => Reached::Nobody,
+            reached => Reached::Somebody(reached),
+        })
     }
 
     pub fn subscribe(&self, channel: Channel) {
@@ -217,12 +295,16 @@ impl Endpoint {
     pub async fn run(&self, inbox: &dyn Inbox) {
         let mut queue = self.queue.lock().await;
         while let Some(delivery) = queue.recv().await {
-            match delivery {
-                Delivery::Message(message) => {
+            if let Some(due) = delivery.due {
+                tokio::time::sleep_until(due).await;
+            }
+            match delivery.message {
+                _ if delivery.cuts != self.line.cuts.load(Ordering::Relaxed) => {}
+                Some(message) => {
                     self.received.fetch_add(1, Ordering::Relaxed);
                     inbox.on_message(message);
                 }
-                Delivery::Interrupted => {
+                None => {
                     self.interrupted.fetch_add(1, Ordering::Relaxed);
                     inbox.on_interrupted();
                 }

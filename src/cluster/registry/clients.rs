@@ -23,6 +23,9 @@ pub enum RegistryError {
     /// The client has no such token.
     #[error("the client has no such token")]
     UnknownToken,
+    /// A magic token that another client has made before.
+    #[error("this magic token is another client's")]
+    TokenTaken,
     /// The database did not do it.
     #[error(transparent)]
     Store(StoreError),
@@ -137,6 +140,21 @@ impl Registry {
             true => Ok((token_id, secret)),
             false => Err(RegistryError::UnknownClient),
         }
+    }
+
+    /// One more access token of a client, which is made if there is none of this name, with downstreams that show a
+    /// token. The secret is returned here and never again.
+    pub async fn register_client(&self, client_id: &ClientId, label: &str) -> Result<Secret, RegistryError> {
+        let made = match self.create_client(client_id, NewAuth::Token).await {
+            Err(RegistryError::ClientExists) => self.create_token(client_id, Some(label)).await,
+            made => made,
+        };
+        let (_, secret) = made?;
+        // Whoever uses it next may come to another node, which has looked the client up before.
+        self.announce(RegistryEvent::ClientChanged {
+            client_id: client_id.clone(),
+        });
+        Ok(secret)
     }
 
     /// A client's access tokens, without their secrets.

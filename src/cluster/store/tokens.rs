@@ -1,4 +1,4 @@
-//! `client_access_tokens` and `signature_tokens`: hashes only, the secrets are never stored.
+//! `client_access_tokens`, `signature_tokens` and `magic_tokens`: hashes only, the secrets are never stored.
 
 use serde::{Deserialize, Serialize};
 use sqlx::{Row, any::AnyRow};
@@ -108,6 +108,35 @@ impl Store {
                 .bind(hash.to_hex())
         };
         Ok(self.fetch(select, |row| row.try_get("expires_at")).await?.pop())
+    }
+
+    /// One more magic token. `false`: no such client. [`StoreError::Exists`]: it is there already, whosever it is.
+    pub async fn insert_magic_token(
+        &self,
+        client_id: &ClientId,
+        hash: TokenHash,
+        now: i64,
+    ) -> Result<bool, StoreError> {
+        let insert = || {
+            sqlx::query(
+                "INSERT INTO magic_tokens (token_hash, client_id, created_at) \
+                 SELECT ?, client_id, ? FROM clients WHERE client_id = ?",
+            )
+            .bind(hash.to_hex())
+            .bind(now)
+            .bind(client_id.as_str())
+        };
+        Ok(self.execute(insert).await? > 0)
+    }
+
+    /// The magic token of this hash, as it is stored, and whose it is.
+    pub async fn magic_token(&self, hash: TokenHash) -> Result<Option<(TokenHash, ClientId)>, StoreError> {
+        let select =
+            || sqlx::query("SELECT token_hash, client_id FROM magic_tokens WHERE token_hash = ?").bind(hash.to_hex());
+        let found = self.fetch(select, |row| {
+            Ok((parsed(row, "token_hash")?, parsed(row, "client_id")?))
+        });
+        Ok(found.await?.pop())
     }
 
     /// Removes signatures that are no good any more.

@@ -42,6 +42,7 @@ impl From<RegistryError> for Cause {
             }
             RegistryError::UnknownClient => NO_CLIENT,
             RegistryError::UnknownToken => NO_TOKEN,
+            RegistryError::TokenTaken => Cause::Conflict("this magic token is taken: make another".into()),
             RegistryError::Store(error) => {
                 tracing::warn!(%error, "an operator's request failed: the database did not do it");
                 Cause::RegistryAway

@@ -82,24 +82,27 @@ fn bearer_or_bare(value: &HeaderValue) -> Option<&str> {
     }
 }
 
-/// As it stands in the query: signatures are base64url and need no decoding.
-fn signature(query: Option<&str>) -> Option<&str> {
-    query?.split('&').find_map(signature_value)
+/// As it stands in the query: signatures are base64url and need no decoding. One that is written `signature` comes
+/// first; MoosicBox's apps write it in any case.
+pub(super) fn signature(query: Option<&str>) -> Option<&str> {
+    let written = |name| query?.split('&').find_map(|parameter| signature_value(parameter, name));
+    written(|name| name == SIGNATURE).or_else(|| written(|name| name.eq_ignore_ascii_case(SIGNATURE)))
 }
 
-fn signature_value(parameter: &str) -> Option<&str> {
+fn signature_value(parameter: &str, is_name: fn(&str) -> bool) -> Option<&str> {
     parameter
         .split_once('=')
-        .filter(|(name, _)| *name == SIGNATURE)
+        .filter(|(name, _)| is_name(name))
         .map(|(_, value)| value)
 }
 
 /// Without the signature that [`signature`] finds, wherever it is repeated. One of another value is the upstream's.
 fn without_signature(query: &str) -> Option<String> {
     let consumed = signature(Some(query));
+    let any_case = |name: &str| name.eq_ignore_ascii_case(SIGNATURE);
     let kept: Vec<&str> = query
         .split('&')
-        .filter(|parameter| signature_value(parameter) != consumed)
+        .filter(|parameter| signature_value(parameter, any_case) != consumed)
         .collect();
     (!kept.is_empty()).then(|| kept.join("&"))
 }
@@ -140,6 +143,13 @@ mod tests {
             Some(("", Consumed::AditAuthorization))
         );
         assert_eq!(token(&HeaderMap::new(), Some("xsignature=S&signature")), None);
+        for query in ["Signature=T&signature=S", "a=1&SIGNATURE=S&Signature=T"] {
+            assert_eq!(
+                token(&HeaderMap::new(), Some(query)),
+                Some(("S", Consumed::Signature)),
+                "{query}"
+            );
+        }
     }
 
     #[test]
@@ -192,8 +202,9 @@ mod tests {
             ("signature=S&signature=upstream", Some("signature=upstream")),
             (
                 "signature=S&%73ignature=S&Signature=S&signature",
-                Some("%73ignature=S&Signature=S&signature"),
+                Some("%73ignature=S&signature"),
             ),
+            ("SIGNATURE=S&a=1&Signature=upstream", Some("a=1&Signature=upstream")),
         ] {
             assert_eq!(strip(query).as_deref(), left, "{query}");
         }
