@@ -468,7 +468,7 @@ BAD = [
     {"config": {"drain_timeout": 60}}, {"config": {"drain_timeout": "60"}}, {"config": {"drain_timeout": "1m30s"}},
     {"config": {"drain_timeout": "25h"}}, {"config": {"drain_timeout": "86401s"}}, {"config": {"domain": "https://a.b"}},
     {"config": {"domain": "*.a.b"}}, {"config": {"public_url": "a.b"}}, {"config": {"trusted_proxies": "10.0.0.0/8"}},
-    {"config": {"trusted_proxies": ["10/8x"]}}, {"config": {"http": {"max_target": "8KB"}}}, {"config": {"log": {"format": "xml"}}},
+    {"config": {"trusted_proxies": ["10/8x"]}}, {"config": {"http": {"max_target": "8KB"}}}, {"config": {"log": {"format": "xml"}}}, {"config": {"cors": {"origins": ["app.example.org"]}}},
     {"config": {"http": {"max_headers": 0}}}, {"database": {"url": "postgres://a"}}, {"database": {"url": "sqlite:x"}},
     {"redis": {"url": "http://r"}}, {"adminToken": {"value": "two\nlines"}}, {"dev": {"password": "a/b:c@d1"}}, {"dev": {"enabled": "yes"}},
     {"service": {"type": "ExternalName"}}, {"service": {"port": 0}}, {"service": {"port": 65536}}, {"ingress": {"hosts": ["A_b"]}},
