@@ -595,7 +595,7 @@ def metrics_of_the_source():
         suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
         for suffix in suffixes:
             found[f"adit_{name}{suffix}"] = label | ({"le": None} if suffix == "_bucket" else {})
-    return found
+    return str(found)
 
 
 try:
@@ -652,11 +652,13 @@ def metrics_exist():
 
 def adit():
     """A built adit, if there is one: ADIT_BINARY, or what cargo has left here."""
-    paths = [os.environ.get("ADIT_BINARY"), ROOT / "target/release/adit", ROOT / "target/debug/adit"]
-    found = next((str(path) for path in paths if path and Path(path).exists()), None)
-    if not found:
+    built = [ROOT / "target/release/adit", ROOT / "target/debug/adit"]
+    newest = sorted((path for path in built if path.exists()), key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = [os.environ.get("ADIT_BINARY"), *newest]
+    found = next((Path(path) for path in paths if path and Path(path).exists()), None)
+    if found is None:
         raise Skip("no adit is built here, and ADIT_BINARY is not set")
-    return found
+    return str(found)
 
 
 def free_port():
@@ -722,7 +724,7 @@ def tool(name):
     found = shutil.which(name)
     if not found:
         raise Skip(f"{name} is not installed")
-    return found
+    return str(found)
 
 
 def run(*arguments, **environment):
