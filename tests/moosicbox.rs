@@ -338,6 +338,67 @@ async fn an_app_goes_on_when_its_server_has_come_back() {
 }
 
 #[tokio::test]
+async fn text_of_a_server_that_is_no_answer_closes_that_socket_and_nothing_else() {
+    let story = Story::start().await;
+    let other = Tenant::new(&story.relay, "other").await;
+    let mut bystander = other.sender(story.relay.agents).await;
+    for bad in [
+        json!("text"),
+        json!({"request_id": "1", "body": 1}),
+        json!({"body": 1}),
+        json!([]),
+    ] {
+        let mut server = story.home.sender(story.relay.agents).await;
+        server.text(bad).await;
+        server.closed().await;
+    }
+    let sent = story.get(&other, "/a");
+    let (id, _) = bystander.request().await;
+    bystander.packet(id, 1, true, b"fine").await;
+    assert_eq!(text(sent).await, (200, "fine".into()));
+}
+
+#[tokio::test]
+async fn headers_that_are_not_ascii_harm_nobody() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let binary = http::HeaderValue::from_bytes(b"\xff\xfe").expect("a value");
+    let sent = story.send(story.home.ask("GET", "/a").header("x-a", "é").header("x-b", binary), "");
+    let (id, request) = server.request().await;
+    assert_eq!(request["headers"]["x-a"], "é");
+    assert!(request["headers"].get("x-b").is_none(), "it has no form in JSON");
+    server.packet_of(id, 1, true, 200, r#"{"x-c":"ü"}"#, b"").await;
+    let response = answer(sent).await;
+    assert_eq!(response.headers()["x-c"].as_bytes(), "ü".as_bytes());
+}
+
+#[tokio::test]
+async fn a_server_that_never_answers_is_a_504_and_an_abort() {
+    let relay = TestRelay::with(|config| config.http.response_timeout = std::time::Duration::from_millis(500)).await;
+    let home = Tenant::new(&relay, "home").await;
+    let story = Story { relay, home };
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    let (id, _) = server.request().await;
+    assert_eq!(answer(sent).await.status(), 504);
+    assert_eq!(server.next().await, json!({"type": "ABORT", "request_id": id}));
+}
+
+#[tokio::test]
+async fn a_request_waits_for_a_server_that_was_just_here() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    server.request().await;
+    drop(server); // nobody was answered, and once more does no harm
+    let mut server = story.home.sender(story.relay.agents).await;
+    let (id, request) = server.request().await;
+    assert_eq!(request["path"], "a");
+    server.packet(id, 1, true, b"back").await;
+    assert_eq!(text(sent).await, (200, "back".into()));
+}
+
+#[tokio::test]
 async fn nobody_is_let_in_without_a_signature() {
     let story = Story::start().await;
     for query in [
