@@ -399,6 +399,25 @@ async fn a_request_waits_for_a_server_that_was_just_here() {
 }
 
 #[tokio::test]
+async fn a_node_that_leaves_lets_its_server_answer_first() {
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let sent = story.get(&story.home, "/a");
+    let (id, _) = server.request().await;
+    server.packet(id, 1, false, b"half ").await;
+    let mut body = answer(sent).await.into_body();
+    assert_eq!(bodies::next(&mut body).await.as_deref(), Some(&b"half "[..]));
+    let node = story.relay.peer.as_deref().unwrap_or(&story.relay);
+    node.shutdown.begin_drain();
+    server.packet(id, 2, false, b"and ").await;
+    assert_eq!(bodies::next(&mut body).await.as_deref(), Some(&b"and "[..]));
+    server.packet(id, 3, true, b"half").await;
+    assert_eq!(bodies::next(&mut body).await.as_deref(), Some(&b"half"[..]));
+    assert!(bodies::ends_well(&mut body).await);
+    server.closed().await;
+}
+
+#[tokio::test]
 async fn nobody_is_let_in_without_a_signature() {
     let story = Story::start().await;
     for query in [

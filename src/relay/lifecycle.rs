@@ -15,11 +15,13 @@ use super::{
     downstream::{io::Timeouts, listener},
     routes,
     switchboard::ASK_SILENT_EVERY,
+    tunnels::Tunnel,
 };
 use crate::{
     cluster::{letter::News, registry::RegistryEvent},
     exchange::table::TICK,
     shutdown::Shutdown,
+    wire::Dialect,
 };
 
 /// How often clients that left long ago are forgotten.
@@ -91,9 +93,10 @@ async fn leave(state: &State, close_public: &CancellationToken) {
         let patience = Instant::now() + state.config.drain_timeout.min(MOVING);
         tokio::time::timeout_at(patience.into(), moved).await.ok();
     }
-    // 3. What is in flight ends by itself.
+    // 3. What is in flight ends by itself. MoosicBox servers are let go as they have answered.
+    let answering = |tunnel: &Arc<Tunnel>| tunnel.dialect == Dialect::MoosicBox;
     let idle = async {
-        while !state.board.exchanges.is_empty() {
+        while !state.board.exchanges.is_empty() || state.board.tunnels.held().iter().any(answering) {
             tokio::time::sleep(TICK).await;
         }
     };

@@ -25,7 +25,10 @@ use crate::{
     },
     ids::{ClientId, NodeId, TunnelId},
     telemetry::Metrics,
-    wire::frame::{Code, Frame},
+    wire::{
+        Dialect,
+        frame::{Code, Frame},
+    },
 };
 
 /// A tunnel that carries exchanges and says nothing is asked whether it lives this often, so that one that is wedged is
@@ -179,12 +182,15 @@ impl Switchboard {
         }
     }
 
-    /// This node will be gone in so long: peers send nothing new through it, and agents open tunnels elsewhere first.
+    /// This node will be gone in so long: peers send nothing new through it, and agents open tunnels elsewhere first. A
+    /// MoosicBox server has no other tunnel before this one closes: it is served until then.
     pub fn send_away(&self, left: Duration) {
         for tunnel in self.tunnels.held() {
             let tunnel_ws_id = tunnel.id;
-            self.peers
-                .tell(&tunnel.path.owner.client_id, News::Leaving { tunnel_ws_id });
+            if tunnel.dialect == Dialect::Adit {
+                self.peers
+                    .tell(&tunnel.path.owner.client_id, News::Leaving { tunnel_ws_id });
+            }
             tunnel.path.send(Frame::Drain(left.as_millis() as u32));
         }
     }

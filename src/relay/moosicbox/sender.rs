@@ -55,8 +55,9 @@ pub(super) const SILENT_FOR: Duration = Duration::from_secs(10);
 pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long its socket is not read for one answer that nobody takes. Then that answer is given up.
 const FULL_FOR: Duration = Duration::from_secs(5);
-/// What it is answering when the node leaves gets this long; then it has to come back elsewhere.
-const LEAVING_FOR: Duration = Duration::from_secs(8);
+/// When the node leaves, its server is let go at the first moment that it answers nothing, and at the latest this long
+/// before the node has to be gone.
+const LEAVE_BEFORE: Duration = Duration::from_secs(3);
 
 /// Serves a client by its server's socket, until that ends.
 pub(super) async fn run<S>(state: Arc<State>, client_id: ClientId, remote: IpAddr, io: S)
@@ -152,22 +153,23 @@ where
     let why = tokio::select! {
         why = line.converse() => why,
         _ = join((path, &taker), (&far, &far_taker)) => Why::ClosedHere,
-        () = leave_when_told(told, host) => Why::Leaving,
+        () = leave_when_told(told, state, host) => Why::Leaving,
         () = host.clone().pass_time() => Why::ClosedHere,
     };
     host.link_lost(&far);
     why
 }
 
-/// Resolves when the node is leaving and what it was answering is answered, or late.
-async fn leave_when_told(mut told: ToldWatch, host: &Host<Sender>) {
+/// Resolves when the node is leaving and nothing is being answered, or it is late.
+async fn leave_when_told(mut told: ToldWatch, state: &State, host: &Host<Sender>) {
     told.changed_to_leave().await;
+    let patience = state.drain_left().unwrap_or_default().saturating_sub(LEAVE_BEFORE);
     let idle = async {
         while host.exchanges() > 0 {
             tokio::time::sleep(TICK).await;
         }
     };
-    tokio::time::timeout(LEAVING_FOR, idle).await.ok();
+    tokio::time::timeout(patience, idle).await.ok();
 }
 
 /// Its exchanges end with it, wherever their downstreams are: it cannot take them up again.
