@@ -11,7 +11,7 @@ mod servers;
 use std::{
     fs,
     io::Read,
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -24,6 +24,8 @@ use servers::{MariaDb, Redis};
 const TUNNELS: usize = 10_000;
 /// Downloads at once, and the bytes of all of them together.
 const DOWNLOADS: usize = 16;
+/// Nodes that are killed, one after the other.
+const KILLED: usize = 5;
 const KILL_EVERY: Duration = Duration::from_millis(200);
 
 struct Bench {
@@ -33,6 +35,9 @@ struct Bench {
     wrong: Target,
     redis: Redis,
     idle_token: String,
+    database: String,
+    bus: String,
+    upstream: SocketAddr,
     _processes: Vec<Process>,
     _mariadb: MariaDb,
 }
@@ -76,6 +81,58 @@ fn main() {
         requests(target, 64);
     }
     drop(tunnels);
+    let times: Vec<f64> = (0..KILLED)
+        .map(|round| after_a_kill(&bench, dir.path(), round))
+        .collect();
+    let worst = times.iter().copied().fold(0.0, f64::max);
+    println!(
+        "\nkill -9 of the node with both tunnels: the next request through another node is answered after {:.0} ms (at most {worst:.0}, of {KILLED})",
+        median(times)
+    );
+}
+
+/// Milliseconds from the death of the node that holds an agent's tunnels until a request through another is answered.
+fn after_a_kill(bench: &Bench, dir: &Path, round: usize) -> f64 {
+    let [node, admin] = std::array::from_fn(|_| free_port());
+    let shared = ["--database-url", &bench.database, "--redis-url", &bench.bus];
+    let (victim, _) = serve(dir, node, admin, &shared);
+    let client: &'static str = format!("killed-{round}").leak();
+    let balancer = forward(vec![node, bench.wrong.address]);
+    let (_agent, _) = agent(balancer, client, &create(admin, client), bench.upstream);
+    let target = Target {
+        name: "after a kill",
+        address: bench.right.address,
+        client: Some(client),
+        hops: vec![],
+    };
+    wait_until_answered(&target);
+    drop(victim);
+    let since = Instant::now();
+    wait_until_answered(&target);
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// A load balancer: connections go to the first of these that listens.
+fn forward(nodes: Vec<SocketAddr>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || {
+        for from in listener.incoming().flatten() {
+            let Some(to) = nodes.iter().find_map(|node| TcpStream::connect(node).ok()) else {
+                continue;
+            };
+            for (mut from, mut to) in [
+                (from.try_clone().expect("a socket"), to.try_clone().expect("a socket")),
+                (to, from),
+            ] {
+                std::thread::spawn(move || {
+                    std::io::copy(&mut from, &mut to).ok();
+                    to.shutdown(std::net::Shutdown::Both).ok();
+                });
+            }
+        }
+    });
+    address
 }
 
 impl Bench {
@@ -110,6 +167,9 @@ impl Bench {
             right: target("right node", right),
             wrong: target("wrong node", wrong),
             redis,
+            database,
+            bus,
+            upstream,
             idle_token: create(right_admin, "idle"),
             _processes: vec![nginx, right_node, wrong_node, agent_process],
             _mariadb: mariadb,
