@@ -24,6 +24,7 @@
 //!   ┊    cluster::peer       takes the path's frames out in turns, as letters (cluster::letter)
 //!   ┊    cluster::bus        to the inbox of that node ⇢ relay::inbox there ⇢ the tunnel's path, as they are
 //!   ┊    and back: relay::taker there ⇢ the exchange's own channel ⇢ relay::inbox here ⇢ the exchange
+//!   ┊  when a MoosicBox server holds it, the node itself is the host: relay::moosicbox there ⇢ its WebSocket, as JSON
 //!   │  agent::slot, dial   holds a tunnel open: dials, says hello, dials again
 //!   │  exchange::hosting   frames of all tunnels to their exchanges
 //!   │  exchange::host      the other end of the exchange: serves it with a function from request to response
