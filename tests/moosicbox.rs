@@ -247,6 +247,14 @@ async fn a_downstream_that_does_not_read_is_given_up_and_the_others_go_on() {
     stop.abort();
 }
 
+/// Another tenant's server goes on.
+async fn serves(story: &Story, other: &Tenant, server: &mut Sender) {
+    let sent = story.get(other, "/a");
+    let (id, _) = server.request().await;
+    server.packet(id, 1, true, b"fine").await;
+    assert_eq!(text(sent).await, (200, "fine".into()));
+}
+
 #[tokio::test]
 async fn what_is_no_packet_closes_that_socket_and_nothing_else() {
     let story = Story::start().await;
@@ -257,10 +265,7 @@ async fn what_is_no_packet_closes_that_socket_and_nothing_else() {
         server.binary(bad).await;
         server.closed().await;
     }
-    let sent = story.get(&other, "/a");
-    let (id, _) = bystander.request().await;
-    bystander.packet(id, 1, true, b"fine").await;
-    assert_eq!(text(sent).await, (200, "fine".into()));
+    serves(&story, &other, &mut bystander).await;
 }
 
 #[tokio::test]
@@ -352,10 +357,7 @@ async fn text_of_a_server_that_is_no_answer_closes_that_socket_and_nothing_else(
         server.text(bad).await;
         server.closed().await;
     }
-    let sent = story.get(&other, "/a");
-    let (id, _) = bystander.request().await;
-    bystander.packet(id, 1, true, b"fine").await;
-    assert_eq!(text(sent).await, (200, "fine".into()));
+    serves(&story, &other, &mut bystander).await;
 }
 
 #[tokio::test]

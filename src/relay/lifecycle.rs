@@ -14,7 +14,6 @@ use super::{
     admin::{self, Readiness},
     downstream::{io::Timeouts, listener},
     routes,
-    switchboard::ASK_SILENT_EVERY,
     tunnels::Tunnel,
 };
 use crate::{
@@ -24,8 +23,6 @@ use crate::{
     wire::Dialect,
 };
 
-/// How often clients that left long ago are forgotten.
-const FORGET_EVERY: Duration = Duration::from_secs(10);
 /// How long agents get to open tunnels elsewhere, where there is an elsewhere. Each closes as its successor is up.
 const MOVING: Duration = Duration::from_secs(10);
 /// How long closed tunnels may take to flush their last words.
@@ -179,19 +176,9 @@ async fn speak_with_peers(state: Arc<State>, close: CancellationToken) {
 
 /// Lets time pass for exchanges and for the memory of who was here.
 async fn pass_time(state: Arc<State>, close: CancellationToken) {
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut forget = tokio::time::interval(FORGET_EVERY);
-    let mut ask = tokio::time::interval(ASK_SILENT_EVERY);
-    loop {
-        tokio::select! {
-            _ = ticks.tick() => {
-                state.board.tick();
-            }
-            _ = ask.tick() => state.board.ask_silent(),
-            _ = forget.tick() => state.board.tunnels.forget(state.config.tunnels.park_memory),
-            () = close.cancelled() => return,
-        }
+    tokio::select! {
+        () = state.board.pass_time() => {}
+        () = close.cancelled() => {}
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     exchange::{
         Clock,
         path::{Owner, Path},
-        table::Exchanges,
+        table::{Exchanges, TICK},
     },
     ids::{ClientId, NodeId, TunnelId},
     telemetry::Metrics,
@@ -33,7 +33,9 @@ use crate::{
 
 /// A tunnel that carries exchanges and says nothing is asked whether it lives this often, so that one that is wedged is
 /// noticed long before its keep-alive gives up.
-pub const ASK_SILENT_EVERY: Duration = Duration::from_secs(1);
+const ASK_SILENT_EVERY: Duration = Duration::from_secs(1);
+/// How often clients that left long ago are forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(10);
 
 /// What it needs of the registry.
 pub trait Directory: Send + Sync {
@@ -152,15 +154,30 @@ impl Switchboard {
         in_flight
     }
 
-    /// Time passed, for exchanges and for what peers do not hear.
-    pub fn tick(&self) {
+    /// Lets time pass for exchanges and for the memory of who was here, until dropped.
+    pub async fn pass_time(&self) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut forget = tokio::time::interval(FORGET_EVERY);
+        let mut ask = tokio::time::interval(ASK_SILENT_EVERY);
+        loop {
+            tokio::select! {
+                biased;
+                _ = ticks.tick() => self.tick(),
+                _ = ask.tick() => self.ask_silent(),
+                _ = forget.tick() => self.tunnels.forget(self.config.park_memory),
+            }
+        }
+    }
+
+    fn tick(&self) {
         let moved = self.exchanges.tick(|owner, not| self.tunnels.other_path(owner, not));
         self.metrics.exchanges_moved(moved);
         self.peers.on_tick();
     }
 
     /// Tunnels here that carry exchanges and have been silent are asked whether they live.
-    pub fn ask_silent(&self) {
+    fn ask_silent(&self) {
         let now = self.exchanges.clock().now();
         let silent = |path: &Path| path.in_flight() > 0 && path.silent_for(now) >= ASK_SILENT_EVERY;
         for tunnel in self.tunnels.held().iter().filter(|tunnel| silent(&tunnel.path)) {

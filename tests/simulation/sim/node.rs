@@ -17,11 +17,7 @@ use adit::{
         table::TICK,
     },
     ids::{NodeId, TokenId},
-    relay::{
-        switchboard::{ASK_SILENT_EVERY, Switchboard},
-        taker::TunnelTaker,
-        tunnels::Tunnel,
-    },
+    relay::{switchboard::Switchboard, taker::TunnelTaker, tunnels::Tunnel},
     wire::socket::{FrameSocket, Side},
 };
 use tokio::{sync::oneshot, task::JoinSet};
@@ -39,7 +35,6 @@ pub const KEEP_ALIVE: KeepAlive = KeepAlive {
 /// Longer than all that fails, a silent connection's keep-alive included: nothing may break for it.
 pub const RESUME_TIMEOUT: Duration = Duration::from_secs(90);
 const LAST_WORDS: Duration = Duration::from_secs(2);
-const FORGET_EVERY: Duration = Duration::from_secs(10);
 const MAX_TUNNELS: usize = 16;
 
 pub struct Node {
@@ -80,7 +75,7 @@ impl Node {
         let board = node.board.clone();
         node.spawn(async move { board.speak_with_peers().await });
         let board = node.board.clone();
-        node.spawn(async move { pass_time(board).await });
+        node.spawn(async move { board.pass_time().await });
         node
     }
 
@@ -134,21 +129,6 @@ impl Node {
     pub fn accept(&self, io: End, hello: Hello, accepted: oneshot::Sender<()>) {
         let board = self.board.clone();
         self.spawn(hold(board, io, hello, accepted));
-    }
-}
-
-async fn pass_time(board: Arc<Switchboard>) {
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut forget = tokio::time::interval(FORGET_EVERY);
-    let mut ask = tokio::time::interval(ASK_SILENT_EVERY);
-    loop {
-        tokio::select! {
-            biased;
-            _ = ticks.tick() => board.tick(),
-            _ = ask.tick() => board.ask_silent(),
-            _ = forget.tick() => board.tunnels.forget(board.config.park_memory),
-        }
     }
 }
 
