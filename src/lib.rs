@@ -41,7 +41,7 @@
 //! | [`relay`] | one node: [`relay::Relay::new`] touches nothing, [`relay::Relay::run`] serves and drains |
 //! | [`agent`] | the program next to the upstream |
 //! | [`exchange`] | one request and its response in flight: two ends, and a path that may be replaced under them |
-//! | [`wire`] | streams, records and frames: no I/O and no clock of its own, but for [`wire::socket`] |
+//! | [`wire`] | streams, records and frames: no I/O and no clock of its own, but for [`wire::socket`] and [`wire::messages`] |
 //! | [`wire::moosicbox`] | the other dialect that a tunnel may speak: what MoosicBox servers and their apps say |
 //! | [`cluster`] | what nodes share: the registry (who holds what, who may do what) and the bus between them |
 //! | [`config`] | what an operator may set |
@@ -52,7 +52,7 @@
 //!
 //! Layers: `wire`, `ids` and `secret` know nobody; `exchange` knows `wire`; `agent` and `cluster` know `exchange`; `relay`
 //! knows all but `agent`; only `cli` knows both. Only `cluster::store` says SQL, only `cluster::bus::redis` says Redis.
-//! Only `wire::socket`, `relay::accept` and `agent::dial` name a WebSocket library.
+//! Only `wire::socket`, `wire::messages`, `relay::accept` and `agent::dial` name a WebSocket library.
 //!
 //! # Words
 //!
