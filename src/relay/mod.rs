@@ -7,6 +7,7 @@
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
 //! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
+//! - [`fanout`]: a client's messages to its subscribers, on all nodes
 //! - [`accept`]: the door that agents come in by · [`taker`]: what comes by it · [`inbox`]: what comes from peers
 //! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
 
@@ -27,6 +28,7 @@ mod authority;
 pub mod client_of;
 mod cors;
 pub mod downstream;
+pub mod fanout;
 pub mod forward;
 pub mod forwarded;
 mod inbox;
