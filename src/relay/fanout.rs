@@ -294,6 +294,13 @@ impl Subscription {
         self.subscriber.poll_next(cx)
     }
 
+    /// Resolves once whatever is published on any node after this comes here; or after a second, if the bus is away.
+    pub async fn begun(&self) {
+        if !self.fanout.peers.bus().is_alone() {
+            self.fanout.peers.flush().await; // behind what listens to the channel
+        }
+    }
+
     /// Resolves once the subscription has ended and nothing waits any more: for whoever is busy writing a delivery.
     pub async fn cut(&self) -> Left {
         std::future::poll_fn(|cx| self.subscriber.poll_cut(cx)).await

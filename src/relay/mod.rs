@@ -7,7 +7,7 @@
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
 //! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
-//! - [`fanout`]: a client's messages to its subscribers, on all nodes
+//! - [`fanout`]: a client's messages to its subscribers, on all nodes · `publish` and [`subscribe`]: its two doors
 //! - [`accept`]: the door that agents come in by · [`taker`]: what comes by it · [`inbox`]: what comes from peers
 //! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
 
@@ -35,10 +35,12 @@ mod inbox;
 pub mod ingress;
 pub mod lifecycle;
 pub mod out_body;
+mod publish;
 pub mod respond;
 pub mod router;
 pub mod routes;
 pub mod strict;
+pub mod subscribe;
 pub mod switchboard;
 pub mod taker;
 pub mod tunnels;

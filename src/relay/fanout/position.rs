@@ -10,7 +10,7 @@ pub const MAX_SOURCES: usize = 32;
 const PAIR: usize = 16;
 
 /// See the module. Cheap to clone.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Position(Arc<str>);
 
 /// Why a text is no [`Position`].

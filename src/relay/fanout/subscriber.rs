@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 
 use super::position::Position;
-use crate::telemetry::Unsubscribed;
+use crate::{telemetry::Unsubscribed, wire::messages::Message};
 
 /// Bodies that wait for a subscriber, bytes; one that is behind by more is cut off.
 const MAX_QUEUED: usize = 1024 * 1024;
@@ -57,21 +57,34 @@ pub struct Delivery {
     pub position: Position,
     /// What was published.
     pub body: Bytes,
-    event: Arc<OnceLock<Bytes>>,
+    encoded: Arc<Encoded>,
+}
+
+/// Made once for all who share a delivery, when the first needs it.
+#[derive(Debug, Default)]
+struct Encoded {
+    event: OnceLock<Bytes>,
+    message: OnceLock<Message>,
 }
 
 impl Delivery {
-    pub(super) fn new(position: Position, body: Bytes) -> Self {
+    pub(in crate::relay) fn new(position: Position, body: Bytes) -> Self {
         Self {
             position,
             body,
-            event: Arc::default(),
+            encoded: Arc::default(),
         }
     }
 
-    /// An encoding of it, made once for all who share it.
-    pub fn encoded(&self, encode: impl FnOnce(&Self) -> Bytes) -> Bytes {
-        self.event.get_or_init(|| encode(self)).clone()
+    /// As a server-sent event, which is made only once.
+    pub fn event(&self, encode: impl FnOnce(&Self) -> Bytes) -> Bytes {
+        self.encoded.event.get_or_init(|| encode(self)).clone()
+    }
+
+    /// As a message of a WebSocket: text where it is UTF-8.
+    pub fn message(&self) -> Message {
+        let message = self.encoded.message.get_or_init(|| Message::of(self.body.clone()));
+        message.clone()
     }
 }
 
