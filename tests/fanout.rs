@@ -15,9 +15,9 @@ use adit::{
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use harness::{
-    AnyBody, TestAgent, TestRelay, full,
+    AnyBody, TestRelay, full,
     home::{metric, whole},
-    send, until, within,
+    send, within,
 };
 use http::{Method, Request};
 use http_body_util::BodyExt;
@@ -412,9 +412,12 @@ async fn nothing_is_lost_over_a_bus_that_loses_repeats_and_reorders() {
         }
         // Whoever says the last word is heard in the end: it says where it stands when it is quiet.
         for n in 0..50 {
+            let event = events.next().await.expect("an event");
+            let begin: String = event.data.chars().take(20).collect();
             assert!(
-                events.data().await.starts_with(&format!("{seed} {n} ")),
-                "seed {seed}, {n}"
+                event.data.starts_with(&format!("{seed} {n} ")),
+                "seed {seed}, {n}: {} {begin}",
+                event.name
             );
             if n == 40 {
                 hub.behave();

@@ -42,6 +42,8 @@ pub(super) struct Around<'a> {
 #[derive(Default)]
 pub(super) struct Client {
     ring: Option<Ring>,
+    /// While there is a ring: whoever misses something of it asks on the client's channel.
+    heard: Option<Listening>,
     listening: Option<Here>,
 }
 
@@ -146,6 +148,7 @@ impl Client {
         let parts = ring.say(audience, body, around.now);
         let position = Position::of([(source, ring.last())].into_iter());
         if begins {
+            self.heard = Some(around.peers.listen(around.client_id));
             self.each(|cohort| cohort.sources.begin_at(source, began, around.now));
         }
         let alone = around.peers.bus().is_alone();
