@@ -6,11 +6,13 @@ mod harness;
 use std::net::SocketAddr;
 
 use adit::{
+    agent::{self, Agent},
     cluster::{
         bus::local::{Faults, Hub},
         registry::NewAuth,
     },
     config::RelayConfig,
+    shutdown::Shutdown,
 };
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -22,11 +24,12 @@ use harness::{
 use http::{Method, Request};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{Message, client::IntoClientRequest, protocol::frame::coding::CloseCode},
+    tungstenite::{Message, client::IntoClientRequest},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 fn request(method: Method, path: &str) -> http::request::Builder {
     Request::builder().method(method).uri(path).header("host", "relay")
@@ -177,11 +180,11 @@ async fn what_is_published_at_any_node_reaches_the_subscribers_of_every_node() {
     assert_eq!(metric(&relay, "adit_fanout_published_total").await, 5);
     assert_eq!(metric(&relay, "adit_fanout_delivered_total").await, 20);
     drop((events, sockets));
-    harness_until_no_subscribers(&relay).await;
+    no_subscribers_are_left(&relay).await;
     relay.stop().await;
 }
 
-async fn harness_until_no_subscribers(relay: &TestRelay) {
+async fn no_subscribers_are_left(relay: &TestRelay) {
     within("all subscribers have left", async {
         while metric(relay, "adit_subscribers").await > 0 {
             tokio::task::yield_now().await;
@@ -326,7 +329,7 @@ async fn deleting_the_client_or_revoking_a_token_ends_subscriptions() {
     assert_eq!(code_of(message(&mut socket).await), 4003);
     let mut again = websocket(relay.agents, "home", &more).await;
     relay.registry.delete_client(&client).await.expect("deleted");
-    assert_eq!(code_of(message(&mut again).await), u16::from(CloseCode::from(4003)));
+    assert_eq!(code_of(message(&mut again).await), 4003);
     relay.stop().await;
 }
 
@@ -381,6 +384,82 @@ async fn a_node_that_leaves_sends_its_subscribers_elsewhere() {
     assert_eq!(events.next().await, None);
     drop((socket, events));
     relay.stop().await;
+}
+
+/// An agent whose upstream may publish; returns where.
+async fn publishing_agent(relay: &TestRelay, token: &str) -> (SocketAddr, Shutdown, AbortOnDropHandle<()>) {
+    let to = "http://127.0.0.1:9".parse().expect("an upstream");
+    let url = format!("http://{}", relay.agents).parse().expect("a url");
+    let config = agent::Config::new(url, harness::id("home"), token.parse().expect("a token"), to);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let agent = Agent::new(config).and_then(|agent| agent.publishing_on(listener));
+    let shutdown = Shutdown::new();
+    let run = agent.expect("an agent").run(shutdown.clone(), |_| {});
+    (address, shutdown, AbortOnDropHandle::new(tokio::spawn(run)))
+}
+
+#[tokio::test]
+async fn an_upstream_speaks_to_its_subscribers_through_its_agent() {
+    let relay = TestRelay::start().await;
+    let token = relay.client("home", NewAuth::Public).await;
+    let (address, shutdown, agent) = publishing_agent(&relay, &token).await;
+    let mut events = Events::subscribe(relay.address, "home", None).await;
+    let post = |host: &str, body: Bytes| {
+        let request = Request::post("/publish").header("host", host).body(full(body));
+        send(address, request.expect("a request"))
+    };
+    for n in 0..10 {
+        let (status, answer) = whole(post("localhost:4090", format!("{n}").into()).await).await;
+        assert_eq!(status, 202, "{answer:?}");
+        assert!(answer.starts_with(b"{\"position\":\""), "{answer:?}");
+    }
+    for n in 0..10 {
+        assert_eq!(events.data().await, n.to_string());
+    }
+    assert_eq!(post("evil.example", "x".into()).await.status(), 403);
+    let longest = Bytes::from(vec![b'x'; 1024 * 1024]);
+    assert_eq!(post("127.0.0.1", longest.clone()).await.status(), 202);
+    assert_eq!(
+        post("127.0.0.1", [&longest[..], b"x"].concat().into()).await.status(),
+        413
+    );
+    assert_eq!(events.data().await.len(), longest.len());
+    // A token that is no good any more is the relay's to refuse, and its words are passed on.
+    relay
+        .registry
+        .delete_client(&harness::id("home"))
+        .await
+        .expect("deleted");
+    within("the relay refuses", async {
+        while post("127.0.0.1", "x".into()).await.status() != 401 {}
+    })
+    .await;
+    shutdown.end_now();
+    within("the agent leaves", agent).await.expect("no panic");
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_says_which_port_is_taken() {
+    let taken = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = taken.local_addr().expect("bound").to_string();
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_adit"));
+    command.args([
+        "http",
+        "9",
+        "--relay=http://127.0.0.1:9",
+        "--client=home",
+        "--token=t",
+        "--publish",
+        &address,
+    ]);
+    let output = within("it ends", command.env_clear().output())
+        .await
+        .expect("the binary runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert!(said.contains(&address) && said.contains("--publish"), "{said}");
 }
 
 /// The bus between two nodes loses, repeats and reorders, under printed seeds.
