@@ -149,8 +149,8 @@ async fn serve_connection(stream: TcpStream, messages_tx: mpsc::Sender<Message>)
 }
 
 async fn answer(request: Request<Incoming>, messages_tx: mpsc::Sender<Message>) -> Answer {
-    if let Err(refused) = check(&request) {
-        return refused;
+    if let Err((status, why)) = check(&request) {
+        return refusal(status, why);
     }
     // A place first: what waits in memory is bounded.
     let Ok(place) = messages_tx.try_reserve_owned() else {
@@ -162,14 +162,9 @@ async fn answer(request: Request<Incoming>, messages_tx: mpsc::Sender<Message>) 
             .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         return full;
     };
-    let body = Limited::new(request.into_body(), MAX_MESSAGE).collect();
-    let body = match tokio::time::timeout(BODY_TIMEOUT, body).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            return refusal(StatusCode::PAYLOAD_TOO_LARGE, "a message is 1 MiB at most\n");
-        }
-        Ok(Err(_)) => return refusal(StatusCode::BAD_REQUEST, "the message broke off: send it again\n"),
-        Err(_) => return refusal(StatusCode::REQUEST_TIMEOUT, "the message did not arrive in time\n"),
+    let body = match read(request.into_body()).await {
+        Ok(body) => body,
+        Err((status, why)) => return refusal(status, why),
     };
     let (answer, answered) = oneshot::channel();
     place.send(Message { body, answer });
@@ -177,18 +172,30 @@ async fn answer(request: Request<Incoming>, messages_tx: mpsc::Sender<Message>) 
     answered.await.unwrap_or_else(ending)
 }
 
-/// Whether a program on this machine means this endpoint.
-fn check<B>(request: &Request<B>) -> Result<(), Answer> {
+async fn read(body: Incoming) -> Result<Bytes, (StatusCode, &'static str)> {
+    let whole = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_MESSAGE).collect());
+    match whole.await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err((StatusCode::PAYLOAD_TOO_LARGE, "a message is 1 MiB at most\n"))
+        }
+        Ok(Err(_)) => Err((StatusCode::BAD_REQUEST, "the message broke off: send it again\n")),
+        Err(_) => Err((StatusCode::REQUEST_TIMEOUT, "the message did not arrive in time\n")),
+    }
+}
+
+/// Whether a program on this machine means this endpoint; else what it is told.
+fn check<B>(request: &Request<B>) -> Result<(), (StatusCode, &'static str)> {
     if !is_ours(request.headers()) {
-        return Err(refusal(
+        return Err((
             StatusCode::FORBIDDEN,
             "ask for this by a loopback address or `localhost`, from a program and not from a web page\n",
         ));
     }
     match (request.uri().path(), request.method()) {
         ("/publish", &Method::POST) => Ok(()),
-        ("/publish", _) => Err(refusal(StatusCode::METHOD_NOT_ALLOWED, "POST a message to /publish\n")),
-        _ => Err(refusal(StatusCode::NOT_FOUND, "POST a message to /publish\n")),
+        ("/publish", _) => Err((StatusCode::METHOD_NOT_ALLOWED, "POST a message to /publish\n")),
+        _ => Err((StatusCode::NOT_FOUND, "POST a message to /publish\n")),
     }
 }
 
@@ -225,7 +232,7 @@ mod tests {
             request = request.header(*name, *value);
         }
         let request = request.body(()).expect("a request");
-        check(&request).map_or_else(|refused| refused.status().as_u16(), |()| 200)
+        check(&request).map_or_else(|(status, _)| status.as_u16(), |()| 200)
     }
 
     #[test]

@@ -425,7 +425,8 @@ fn card(bytes: &mut Bytes) -> Result<Card, Unreadable> {
 fn put_part(out: &mut BytesMut, part: &Part) {
     out.reserve(64 + 8 * part.audience.named().len() + part.bytes.len());
     out.put_u64(part.seq);
-    out.put_u8(u8::from(part.is_first) * flag::FIRST | u8::from(part.is_last) * flag::LAST);
+    let bit = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
+    out.put_u8(bit(part.is_first, flag::FIRST) | bit(part.is_last, flag::LAST));
     if part.is_first {
         let named = part.audience.named();
         out.put_u8(match &*part.audience {

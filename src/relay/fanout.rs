@@ -126,8 +126,7 @@ impl Fanout {
 
     fn say(&self, client_id: &ClientId, audience: Audience, body: &Bytes) -> (Position, Vec<Receipt>) {
         let (client, floor) = self.entry(client_id);
-        let said = lock(&client).publish(audience, body, floor, &self.around(client_id));
-        said
+        lock(&client).publish(audience, body, floor, &self.around(client_id))
     }
 
     /// One more subscriber of the client: of what is published from now on, or behind a position that it was given before.

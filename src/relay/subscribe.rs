@@ -13,7 +13,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::{
     State,
@@ -230,43 +230,47 @@ fn close_code(left: Left) -> u16 {
     }
 }
 
-/// Sends what comes until either side ends it. What the subscriber says is not listened to.
 async fn run(mut subscription: Subscription, upgraded: Upgraded) {
     let mut socket = MessageSocket::new(TokioIo::new(upgraded), Side::Relay, MAX_HEARD).await;
-    let mut keep_alive = tokio::time::interval(KEEP_ALIVE);
-    keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut heard = None;
-    let left = loop {
-        let delivery = tokio::select! {
-            biased;
-            heard = socket.message() => match heard {
-                Some(Ok(_)) => continue,
-                Some(Err(_)) | None => return,
-            },
-            delivery = subscription.next() => delivery,
-            _ = keep_alive.tick() => {
-                // It answers pings, if it is there.
-                if heard.replace(socket.heard()) == Some(socket.heard()) || socket.send_ping().await.is_err() {
-                    return;
-                }
-                continue;
-            }
-        };
-        let delivery = match delivery {
-            Ok(delivery) => delivery,
-            Err(left) => break left,
-        };
-        tokio::select! {
-            biased;
-            left = subscription.cut() => break left,
-            sent = socket.send(delivery.message()) => if sent.is_err() {
-                return;
-            },
-        }
+    let Some(left) = speak(&mut subscription, &mut socket).await else {
+        return;
     };
     drop(subscription);
     let closing = socket.close(close_code(left), left.why());
     tokio::time::timeout(LAST_WORDS, closing).await.ok();
+}
+
+/// Sends what comes until either side ends it: why this one does, or `None` if the subscriber has gone. What that says is
+/// not listened to.
+async fn speak(subscription: &mut Subscription, socket: &mut MessageSocket<TokioIo<Upgraded>>) -> Option<Left> {
+    let mut keep_alive = tokio::time::interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
+    keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut heard_before = None;
+    loop {
+        tokio::select! {
+            biased;
+            said = socket.message() => drop(said?.ok()?),
+            delivery = subscription.next() => {
+                let message = match delivery {
+                    Ok(delivery) => delivery.message(),
+                    Err(left) => return Some(left),
+                };
+                tokio::select! {
+                    biased;
+                    left = subscription.cut() => return Some(left),
+                    sent = socket.send(message) => sent.ok()?,
+                }
+            }
+            _ = keep_alive.tick() => {
+                // It answers pings, if it is there.
+                let heard = Some(socket.heard());
+                if std::mem::replace(&mut heard_before, heard) == heard {
+                    return None;
+                }
+                socket.send_ping().await.ok()?;
+            }
+        }
+    }
 }
 
 #[cfg(test)]
