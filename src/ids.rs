@@ -75,6 +75,14 @@ uuid_id! {
     TokenId;
 }
 
+impl NodeId {
+    /// The random half of it: enough to tell the nodes apart that speak of one client.
+    pub fn short(self) -> u64 {
+        let [.., a, b, c, d, e, f, g, h] = self.to_bytes();
+        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
 /// A map by ids, or by names that an operator gave: the same keys are in the same order in every run, so that a simulation
 /// can be replayed. Not for keys that strangers choose: they could choose them to collide.
 pub type ReplayableMap<K, V> = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;

@@ -35,6 +35,10 @@
 //! Between the two ends of an exchange nothing is reliable and nothing needs to be: [`wire::stream`] numbers, acknowledges
 //! and resends bytes, so an exchange outlives the socket that carries it.
 //!
+//! What a client says to its subscribers takes another way: `relay::publish` (or, on the agent's machine,
+//! `agent::publish`) ⇢ [`relay::fanout`] ⇢ the client's channel of the bus ⇢ `relay::fanout` of every node with subscribers
+//! ⇢ [`relay::subscribe`].
+//!
 //! # Where to look
 //!
 //! | module | is |
@@ -72,6 +76,7 @@
 //! | owner | the node that holds a tunnel's WebSocket |
 //! | peer | another node of the same relay |
 //! | bus | pub/sub between nodes: Redis, or inside one process |
+//! | to publish, subscriber | to say something to all who listen to a client; one of them |
 //! | registry | who holds what, and who may do what: a SQLite file, or a MySQL-protocol database |
 //! | to park | to let a request wait for a tunnel that was here a moment ago |
 //! | to drain | to take nothing new, finish what is held, and end |

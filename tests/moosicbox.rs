@@ -6,7 +6,7 @@ mod harness;
 use harness::{
     TestRelay, bodies, full,
     home::whole,
-    moosicbox::{Sender, Tenant},
+    moosicbox::{App, Sender, Tenant},
     within,
 };
 use http::Response;
@@ -165,36 +165,32 @@ async fn packets_of_another_tenants_request_are_nobodys() {
 async fn the_newest_server_gets_the_requests_and_the_older_serves_again_when_it_is_gone() {
     let story = Story::start().await;
     let mut older = story.home.sender(story.relay.agents).await;
-    served(&story, &mut older).await;
+    while !serves_rather(&story, &mut older, None).await {}
     let mut newer = story.home.sender(story.relay.agents).await;
-    served(&story, &mut newer).await;
+    // Until the node that is asked has heard of it.
+    while !serves_rather(&story, &mut newer, Some(&mut older)).await {}
+    assert!(serves_rather(&story, &mut newer, Some(&mut older)).await);
     drop(newer);
-    served(&story, &mut older).await;
+    assert!(serves_rather(&story, &mut older, None).await);
 }
 
-/// Requests, once more until one goes to this server: that another has come or gone may not be known yet.
-async fn served(story: &Story, server: &mut Sender) {
-    within("it is asked", async {
-        loop {
-            let sent = story.get(&story.home, "/which");
-            let (id, request) = tokio::select! {
-                asked = server.request() => asked,
-                _ = tokio::time::sleep(std::time::Duration::from_millis(300)) => {
-                    sent.abort();
-                    continue;
-                }
-            };
-            assert_eq!(request["path"], "which");
-            server.packet(id, 1, true, b"me").await;
-            if tokio::time::timeout(std::time::Duration::from_secs(5), sent)
-                .await
-                .is_ok()
-            {
-                return;
+/// One request: whether it went to this server, and not to the other.
+async fn serves_rather(story: &Story, server: &mut Sender, other: Option<&mut Sender>) -> bool {
+    let sent = story.get(&story.home, "/which");
+    let other = async {
+        match other {
+            Some(other) => {
+                let (id, _) = other.request().await;
+                other.packet(id, 1, true, b"the other").await;
             }
+            None => std::future::pending().await,
         }
-    })
-    .await;
+    };
+    tokio::select! {
+        (id, _) = server.request() => server.packet(id, 1, true, b"this").await,
+        () = other => {}
+    }
+    text(sent).await == (200, "this".into())
 }
 
 #[tokio::test]
@@ -310,6 +306,65 @@ async fn what_an_app_says_reaches_its_server_and_the_answer_reaches_the_app_alon
     assert_eq!(bystander.hear().await, "2");
 }
 
+/// What a server learns of an app that speaks: its connection's number.
+async fn met(server: &mut Sender, app: &mut App) -> u64 {
+    app.say(r#""hello""#).await;
+    let asked = server.next().await;
+    server
+        .text(json!({"request_id": asked["request_id"], "body": "welcome"}))
+        .await;
+    assert_eq!(app.hear().await, r#""welcome""#);
+    asked["conn_id"].as_u64().expect("a number")
+}
+
+#[tokio::test]
+async fn what_a_server_says_to_all_reaches_all_its_own_apps_on_all_nodes_and_nobody_elses() {
+    let story = Story::start().await;
+    let other = Tenant::new(&story.relay, "other").await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let mut others_server = other.sender(story.relay.agents).await;
+    let mut here = story.home.app(story.relay.address).await;
+    let mut there = story.home.app(story.relay.agents).await;
+    let mut stranger = other.app(story.relay.address).await;
+    let (here_id, there_id) = (met(&mut server, &mut here).await, met(&mut server, &mut there).await);
+    met(&mut others_server, &mut stranger).await;
+    server.text(json!({"request_id": 0, "body": {"to": "all"}})).await;
+    server
+        .text(json!({"request_id": 0, "body": "one", "to_connection_ids": [here_id], "exclude_connection_ids": null}))
+        .await;
+    server
+        .text(json!({"request_id": 0, "body": "but one", "exclude_connection_ids": [here_id]}))
+        .await;
+    server
+        .text(json!({"request_id": 0, "body": "both", "to_connection_ids": [here_id, there_id]}))
+        .await;
+    for expected in [r#"{"to":"all"}"#, r#""one""#, r#""both""#] {
+        assert_eq!(here.hear().await, expected);
+    }
+    for expected in [r#"{"to":"all"}"#, r#""but one""#, r#""both""#] {
+        assert_eq!(there.hear().await, expected);
+    }
+    others_server.text(json!({"request_id": 0, "body": "its own"})).await;
+    assert_eq!(stranger.hear().await, r#""its own""#);
+}
+
+#[tokio::test]
+async fn an_app_that_does_not_read_is_closed_and_the_others_get_everything() {
+    const MESSAGES: usize = 200;
+    let story = Story::start().await;
+    let mut server = story.home.sender(story.relay.agents).await;
+    let mut stalled = story.home.app(story.relay.address).await;
+    let mut lively = story.home.app(story.relay.address).await;
+    met(&mut server, &mut stalled).await;
+    met(&mut server, &mut lively).await;
+    let long = "x".repeat(60_000);
+    for number in 0..MESSAGES {
+        server.text(json!({"request_id": 0, "body": [number, long]})).await;
+        assert!(lively.hear().await.starts_with(&format!("[{number},")));
+    }
+    assert_eq!(stalled.close_code().await, Some(4001));
+}
+
 #[tokio::test]
 async fn an_app_that_says_no_json_is_told_so() {
     let story = Story::start().await;
@@ -330,16 +385,7 @@ async fn an_app_goes_on_when_its_server_has_come_back() {
     let mut server = story.home.sender(story.relay.agents).await;
     let mut said = 2;
     // What it said while nobody knew that its server was gone is lost with that, as ever; it says the next thing.
-    within("the new server hears it", async {
-        loop {
-            app.say(&said.to_string()).await;
-            tokio::select! {
-                asked = server.next() => { assert!(asked["body"].as_u64() > Some(1)); return }
-                () = tokio::time::sleep(std::time::Duration::from_millis(200)) => said += 1,
-            }
-        }
-    })
-    .await;
+    XX
 }
 
 #[tokio::test]

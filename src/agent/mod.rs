@@ -30,15 +30,19 @@
 //! - [`slot`]: keeps one tunnel open for ever
 //! - [`host`]: what is done with an exchange
 //! - [`upstream`]: one request to the local server, and its answer back
+//! - [`publish`]: the local endpoint by which the upstream speaks to the client's subscribers
 
 use std::{sync::Arc, time::Duration};
 
 mod dial;
 mod host;
+mod publish;
 mod slot;
 mod upstream;
 
 pub use dial::DialError;
+
+use tokio::net::TcpListener;
 
 use crate::{
     config::{self, HostHeader, RelayUrl, UpstreamUrl},
@@ -143,6 +147,7 @@ pub struct Agent {
     config: Config,
     tls: Arc<rustls::ClientConfig>,
     caller: upstream::Caller,
+    publishing: Option<(publish::Publisher, TcpListener)>,
 }
 
 impl Agent {
@@ -164,7 +169,16 @@ impl Agent {
             config,
             tls: Arc::new(tls),
             caller,
+            publishing: None,
         })
+    }
+
+    /// Serves `POST /publish` on this listener too, for the programs of this machine: what they post reaches the client's
+    /// subscribers. Whoever reaches the listener may publish: a loopback address is the right place for it.
+    pub fn publishing_on(mut self, listener: TcpListener) -> Result<Self, AgentError> {
+        let publisher = publish::Publisher::new(&self.config, (*self.tls).clone())?;
+        self.publishing = Some((publisher, listener));
+        Ok(self)
     }
 
     /// Holds the tunnels and serves requests until `shutdown` says to drain: then the relay is asked for no more, what is
@@ -183,6 +197,9 @@ impl Agent {
         let mut slots = tokio::task::JoinSet::new();
         for slot in 0..self.config.connections {
             slots.spawn(slot::hold(slot, host.clone(), dialer.clone()));
+        }
+        if let Some((publisher, listener)) = self.publishing {
+            slots.spawn(publisher.serve(listener));
         }
         let serving = async {
             shutdown.drain().await;

@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Args;
-use tokio::task::JoinSet;
+use tokio::{net::TcpListener, task::JoinSet};
 
 use super::{Given, file, parsed, set_some};
 use crate::{
@@ -80,7 +80,8 @@ pub(super) async fn run(config: AgentConfig, shutdown: Shutdown) -> anyhow::Resu
     let mut agents = JoinSet::new();
     for tunnel in config.tunnels {
         let printer = Printer::new(&tunnel);
-        let agent = Agent::new(agent::Config {
+        let publish = tunnel.publish;
+        let mut agent = Agent::new(agent::Config {
             relay: config.relay.clone(),
             client_id: tunnel.client,
             token: tunnel.token,
@@ -89,6 +90,14 @@ pub(super) async fn run(config: AgentConfig, shutdown: Shutdown) -> anyhow::Resu
             insecure: tunnel.insecure,
             connections: u32::from(config.connections),
         })?;
+        if let Some(address) = publish {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.with_context(|| {
+                format!("cannot listen on {address} (--publish): is another program using that port?")
+            })?;
+            agent = agent.publishing_on(listener)?;
+            tracing::info!(%address, "POST /publish here reaches the client's subscribers");
+        }
         agents.spawn(agent.run(shutdown.clone(), move |event| printer.print(event)));
     }
     while let Some(ended) = agents.join_next().await {

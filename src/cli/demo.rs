@@ -82,6 +82,7 @@ async fn tunnel(ready: &Ready, relay: SocketAddr, to: Option<UpstreamUrl>, shutd
         to,
         host_header: HostHeader::Keep,
         insecure: false,
+        publish: None,
     };
     let _ = writeln!(
         std::io::stdout(),

@@ -1,5 +1,7 @@
 //! `adit http`: one tunnel, to one local server.
 
+use std::net::SocketAddr;
+
 use clap::Args;
 
 use super::{Given, LinkArgs, parsed, set_some};
@@ -17,7 +19,8 @@ use crate::{
     adit http 3000 --relay https://tunnel.example.org --client home --token adit_…\n  \
     adit http https://127.0.0.1:8443 --insecure --host-header rewrite\n  \
     adit http h2c://127.0.0.1:50051\n  \
-    adit http unix:/run/app.sock\n")]
+    adit http unix:/run/app.sock\n  \
+    adit http 3000 --publish 127.0.0.1:4090\n")]
 pub struct HttpArgs {
     /// The local server: 3000, host:port, http://…, https://…, h2c://… (gRPC) or unix:/path/to.sock
     #[arg(value_name = "PORT_OR_URL")]
@@ -31,6 +34,10 @@ pub struct HttpArgs {
     /// Accept any certificate of a local server on https:// [default: only valid ones]
     #[arg(long)]
     insecure: bool,
+    /// Let the local server speak to the client's subscribers by POST /publish on this address, like 127.0.0.1:4090
+    /// [default: off]
+    #[arg(long, env = "ADIT_PUBLISH", value_name = "ADDRESS", value_parser = parsed::<SocketAddr>)]
+    publish: Option<Given<SocketAddr>>,
     #[command(flatten)]
     link: LinkArgs,
 }
@@ -42,12 +49,15 @@ impl HttpArgs {
         set_some(&mut file.client, &self.client);
         let mut host_header = None;
         set_some(&mut host_header, &self.host_header);
+        let mut publish = None;
+        set_some(&mut publish, &self.publish);
         file.tunnels = vec![TunnelFile {
             client: None,
             to: self.to.clone(),
             token: None,
             host_header: host_header.unwrap_or_default(),
             insecure: self.insecure,
+            publish,
         }];
         Ok(file.complete()?)
     }
@@ -112,6 +122,8 @@ mod tests {
             (&["3000", "--connections=many"], "--connections"),
             (&["3000", "--connections=9"], "`connections`"),
             (&["3000", "--insecure"], "`tunnel.insecure`"),
+            (&["3000", "--publish=0.0.0.0:4090"], "`tunnel.publish`"),
+            (&["3000", "--publish=4090"], "--publish"),
             (&["3000", "--relay="], "--relay URL"),
         ] {
             let mut all = arguments.to_vec();

@@ -3,6 +3,8 @@
 //! A letter is `u8 version | u8 kind | body`, big-endian. One of an unknown version or kind is dropped by whoever gets it:
 //! nodes of two versions run side by side while a cluster is brought up to date.
 
+use std::sync::Arc;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +24,26 @@ mod kind {
     pub const NOT_MINE: u8 = 3;
     pub const NEWS: u8 = 4;
     pub const FOREIGN: u8 = 5;
+    pub const SAID: u8 = 6;
+    pub const STANDS: u8 = 7;
+    pub const ASKS: u8 = 8;
 }
+
+/// Bits of a [`Part`].
+mod flag {
+    pub const FIRST: u8 = 1;
+    pub const LAST: u8 = 2;
+}
+
+/// Kinds of [`Audience`].
+mod audience {
+    pub const ALL: u8 = 0;
+    pub const ONLY: u8 = 1;
+    pub const ALL_BUT: u8 = 2;
+}
+
+/// The most subscribers that an [`Audience`] names: 8 KiB of a letter.
+pub const MAX_NAMED: usize = 1024;
 
 /// A tunnel as nodes tell each other of it. The node that holds it vouches for every word.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +113,53 @@ pub enum News {
     Unknown,
 }
 
+/// Which of a client's subscribers a message is for, by `conn_id`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Audience {
+    /// Everybody.
+    All,
+    /// Those, where they are subscribed.
+    Only(Vec<u64>),
+    /// Everybody else.
+    AllBut(Vec<u64>),
+}
+
+impl Audience {
+    /// Those that it names.
+    pub fn named(&self) -> &[u64] {
+        match self {
+            Audience::All => &[],
+            Audience::Only(ids) | Audience::AllBut(ids) => ids,
+        }
+    }
+}
+
+/// What fits one letter of what was said to a client's subscribers: a message, or a part of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its number among all parts that its node said to this client's subscribers; they have no holes.
+    pub seq: u64,
+    /// Whether a message begins with it.
+    pub is_first: bool,
+    /// Whether a message ends with it.
+    pub is_last: bool,
+    /// For whom the message is; told with its first part only.
+    pub audience: Arc<Audience>,
+    /// The bytes.
+    pub bytes: Bytes,
+}
+
+/// Where a node stands that says things to a client's subscribers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// It has never said anything up to this number.
+    pub began: u64,
+    /// The oldest part that it can say again; one more than the last when it can none.
+    pub oldest: u64,
+    /// The last part that it said.
+    pub last: u64,
+}
+
 /// One message of the bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Letter {
@@ -144,6 +212,33 @@ pub enum Letter {
         /// What.
         news: News,
     },
+    /// Something that is said to a client's subscribers.
+    Said {
+        /// Who says so: parts are numbered for each node alone.
+        from: NodeId,
+        /// Whose subscribers.
+        client_id: ClientId,
+        /// What.
+        part: Part,
+    },
+    /// Where its writer stands in what it says to a client's subscribers.
+    Stands {
+        /// Who.
+        from: NodeId,
+        /// Whose subscribers.
+        client_id: ClientId,
+        /// Where.
+        standing: Standing,
+    },
+    /// Whoever says things to this client's subscribers is asked where it stands, and for what its asker misses.
+    Asks {
+        /// Who asks.
+        from: NodeId,
+        /// Whose subscribers.
+        client_id: ClientId,
+        /// The last part that the asker has of each node, by [`NodeId::short`].
+        known: Vec<(u64, u64)>,
+    },
 }
 
 /// Why bytes are no letter of this version.
@@ -194,6 +289,30 @@ impl Letter {
                 put_client(&mut out, client_id);
                 out.put_slice(&serde_json::to_vec(news).unwrap_or_default());
             }
+            Letter::Said { from, client_id, part } => {
+                begin(&mut out, kind::SAID, *from);
+                put_client(&mut out, client_id);
+                put_part(&mut out, part);
+            }
+            Letter::Stands {
+                from,
+                client_id,
+                standing,
+            } => {
+                begin(&mut out, kind::STANDS, *from);
+                put_client(&mut out, client_id);
+                out.put_u64(standing.began);
+                out.put_u64(standing.oldest);
+                out.put_u64(standing.last);
+            }
+            Letter::Asks { from, client_id, known } => {
+                begin(&mut out, kind::ASKS, *from);
+                put_client(&mut out, client_id);
+                for (source, seq) in known {
+                    out.put_u64(*source);
+                    out.put_u64(*seq);
+                }
+            }
         }
         out.freeze()
     }
@@ -230,6 +349,25 @@ impl Letter {
                 from: NodeId::from_bytes(id(&mut bytes)?),
                 client_id: client(&mut bytes)?,
                 news: serde_json::from_slice(&bytes).map_err(|_| Unreadable)?,
+            }),
+            kind::SAID => Ok(Letter::Said {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
+                part: part(bytes)?,
+            }),
+            kind::STANDS => Ok(Letter::Stands {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
+                standing: Standing {
+                    began: number(&mut bytes)?,
+                    oldest: number(&mut bytes)?,
+                    last: number(&mut bytes)?,
+                },
+            }),
+            kind::ASKS => Ok(Letter::Asks {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                client_id: client(&mut bytes)?,
+                known: pairs(bytes)?,
             }),
             _ => Err(Unreadable),
         }
@@ -296,6 +434,67 @@ fn dialect(bytes: &mut Bytes) -> Result<Dialect, Unreadable> {
         Ok(1) => Ok(Dialect::MoosicBox),
         _ => Err(Unreadable),
     }
+}
+
+/// `u64 seq | u8 flags`, and for a first part `u8 audience | u16 count | count × u64 conn_id`; then the bytes.
+fn put_part(out: &mut BytesMut, part: &Part) {
+    out.reserve(64 + 8 * part.audience.named().len() + part.bytes.len());
+    out.put_u64(part.seq);
+    let bit = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
+    out.put_u8(bit(part.is_first, flag::FIRST) | bit(part.is_last, flag::LAST));
+    if part.is_first {
+        let named = part.audience.named();
+        out.put_u8(match &*part.audience {
+            Audience::All => audience::ALL,
+            Audience::Only(_) => audience::ONLY,
+            Audience::AllBut(_) => audience::ALL_BUT,
+        });
+        // Whoever says it names no more than MAX_NAMED.
+        out.put_u16(named.len() as u16);
+        named.iter().for_each(|conn_id| out.put_u64(*conn_id));
+    }
+    out.put_slice(&part.bytes);
+}
+
+fn part(mut bytes: Bytes) -> Result<Part, Unreadable> {
+    let seq = number(&mut bytes)?;
+    let flags = bytes.try_get_u8().map_err(|_| Unreadable)?;
+    let is_first = flags & flag::FIRST != 0;
+    let audience = match is_first {
+        true => audience_of(&mut bytes)?,
+        false => Audience::All,
+    };
+    Ok(Part {
+        seq,
+        is_first,
+        is_last: flags & flag::LAST != 0,
+        audience: Arc::new(audience),
+        bytes,
+    })
+}
+
+fn audience_of(bytes: &mut Bytes) -> Result<Audience, Unreadable> {
+    let kind = bytes.try_get_u8().map_err(|_| Unreadable)?;
+    let count = bytes.try_get_u16().map_err(|_| Unreadable)?;
+    let named = (0..count).map(|_| number(bytes)).collect::<Result<_, _>>()?;
+    match kind {
+        audience::ALL => Ok(Audience::All),
+        audience::ONLY => Ok(Audience::Only(named)),
+        audience::ALL_BUT => Ok(Audience::AllBut(named)),
+        _ => Err(Unreadable),
+    }
+}
+
+fn pairs(mut bytes: Bytes) -> Result<Vec<(u64, u64)>, Unreadable> {
+    let mut pairs = Vec::new();
+    while bytes.has_remaining() {
+        pairs.push((number(&mut bytes)?, number(&mut bytes)?));
+    }
+    Ok(pairs)
+}
+
+fn number(bytes: &mut Bytes) -> Result<u64, Unreadable> {
+    bytes.try_get_u64().map_err(|_| Unreadable)
 }
 
 fn id(bytes: &mut Bytes) -> Result<[u8; 16], Unreadable> {
@@ -371,8 +570,44 @@ mod tests {
             },
             Letter::News {
                 from,
-                client_id: card.client_id,
+                client_id: card.client_id.clone(),
                 news: News::ClientDeleted,
+            },
+            Letter::Said {
+                from,
+                client_id: card.client_id.clone(),
+                part: Part {
+                    seq: 9,
+                    is_first: true,
+                    is_last: false,
+                    audience: Arc::new(Audience::AllBut(vec![7, 8])),
+                    bytes: Bytes::from_static(b"said"),
+                },
+            },
+            Letter::Said {
+                from,
+                client_id: card.client_id.clone(),
+                part: Part {
+                    seq: 10,
+                    is_first: false,
+                    is_last: true,
+                    audience: Arc::new(Audience::All),
+                    bytes: Bytes::from_static(b"said"),
+                },
+            },
+            Letter::Stands {
+                from,
+                client_id: card.client_id.clone(),
+                standing: Standing {
+                    began: 1,
+                    oldest: 2,
+                    last: 3,
+                },
+            },
+            Letter::Asks {
+                from,
+                client_id: card.client_id,
+                known: vec![(4, 5)],
             },
         ]
     }
@@ -404,6 +639,16 @@ mod tests {
         for (letter, expected) in letters().iter().zip(expected) {
             assert_eq!(hex(letter), expected);
         }
+        let u64s = |numbers: &[u64]| numbers.iter().map(|n| format!("{n:016x}")).collect::<String>();
+        let expected = [
+            format!("0106{n}04686f6d65{}01020002{}73616964", u64s(&[9]), u64s(&[7, 8])),
+            format!("0106{n}04686f6d65{}0273616964", u64s(&[10])),
+            format!("0107{n}04686f6d65{}", u64s(&[1, 2, 3])),
+            format!("0108{n}04686f6d65{}", u64s(&[4, 5])),
+        ];
+        for (letter, expected) in letters()[6..].iter().zip(expected) {
+            assert_eq!(hex(letter), expected);
+        }
     }
 
     #[test]
@@ -427,7 +672,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(kind in 0u8..7, body in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn no_bytes_make_it_panic(kind in 0u8..10, body in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Letter::decode(Bytes::from([&[VERSION, kind], &body[..]].concat()));
         }
     }

@@ -28,7 +28,7 @@ use crate::{
         path::{BusCredit, Path},
         table::WayBack,
     },
-    ids::{ClientId, NodeId, RequestId, TunnelId},
+    ids::{ClientId, NodeId, ReplayableMap, RequestId, TunnelId},
     wire::frame::{Code, Frame},
 };
 
@@ -47,6 +47,23 @@ pub struct Peers {
     ready: Arc<Ready>,
     /// Guards the exchanges that broke off a moment ago, oldest first.
     lingering: Mutex<VecDeque<(RequestId, Instant)>>,
+    /// Guards how many parts of this node listen to the channel of each client.
+    listeners: Mutex<ReplayableMap<ClientId, usize>>,
+}
+
+/// While there is one, the node listens to the client's channel.
+#[derive(Debug)]
+pub struct Listening {
+    peers: Weak<Peers>,
+    client_id: ClientId,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if let Some(peers) = self.peers.upgrade() {
+            peers.leave(&self.client_id);
+        }
+    }
 }
 
 /// Paths with something to send, in the order in which they came to have it.
@@ -116,7 +133,39 @@ impl Peers {
             credit: Arc::default(),
             ready: Arc::default(),
             lingering: Mutex::default(),
+            listeners: Mutex::default(),
         }
+    }
+
+    /// Listens to the client's channel until what it returns is dropped, whoever else does here.
+    pub fn listen(self: &Arc<Self>, client_id: &ClientId) -> Listening {
+        let mut listeners = self.listeners();
+        let count = listeners.entry(client_id.clone()).or_default();
+        *count += 1;
+        if *count == 1 {
+            // Under the lock, so that who leaves and who comes do not overtake each other.
+            self.bus.subscribe(Channel::Client(client_id.clone()));
+        }
+        Listening {
+            peers: Arc::downgrade(self),
+            client_id: client_id.clone(),
+        }
+    }
+
+    fn leave(&self, client_id: &ClientId) {
+        let mut listeners = self.listeners();
+        let Some(count) = listeners.get_mut(client_id) else {
+            return;
+        };
+        *count -= 1;
+        if *count == 0 {
+            listeners.remove(client_id);
+            self.bus.unsubscribe(Channel::Client(client_id.clone()));
+        }
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, ReplayableMap<ClientId, usize>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The bus that they are reached by.

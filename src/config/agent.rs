@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
@@ -35,6 +36,7 @@ token = "…"                            # if it is not the one above
 to = "https://127.0.0.1:8443"
 host_header = "rewrite"                # "keep" (default), "rewrite", or a host
 insecure = true                        # accept any certificate of an https upstream
+publish = "127.0.0.1:4090"             # POST /publish here reaches the client's subscribers; off by default
 "#;
 
 /// `adit.toml` as it is written: everything may be left out, because flags and environment can say it too.
@@ -76,6 +78,9 @@ pub struct TunnelFile {
     /// Whether any certificate of the upstream is accepted.
     #[serde(default)]
     pub insecure: bool,
+    /// Where the upstream may speak to the client's subscribers.
+    #[serde(default, deserialize_with = "de_optional")]
+    pub publish: Option<SocketAddr>,
 }
 
 /// What an agent runs on, complete.
@@ -102,6 +107,8 @@ pub struct TunnelConfig {
     pub host_header: HostHeader,
     /// Whether any certificate of an `https` upstream is accepted.
     pub insecure: bool,
+    /// Where the upstream may speak to the client's subscribers: a loopback address.
+    pub publish: Option<SocketAddr>,
 }
 
 impl AgentFile {
@@ -155,6 +162,7 @@ impl AgentFile {
             to: to.clone(),
             host_header: tunnel.host_header.clone(),
             insecure: tunnel.insecure,
+            publish: tunnel.publish,
         })
     }
 }
@@ -195,7 +203,10 @@ impl TunnelConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let tls = matches!(self.to, UpstreamUrl::Https(_));
         let why = "is about certificates, but the upstream is not https: leave it out, or write https://…";
-        check(tls || !self.insecure, "tunnel.insecure", why)
+        check(tls || !self.insecure, "tunnel.insecure", why)?;
+        let is_local = self.publish.is_none_or(|address| address.ip().is_loopback());
+        let why = "must be a loopback address, like 127.0.0.1:4090: whoever reaches it may publish";
+        check(is_local, "tunnel.publish", why)
     }
 }
 
@@ -228,6 +239,7 @@ mod tests {
             ("office", &HostHeader::Rewrite)
         );
         assert!(office.insecure);
+        assert_eq!(office.publish, Some("127.0.0.1:4090".parse().expect("an address")));
     }
 
     #[test]
@@ -254,6 +266,8 @@ mod tests {
             (format!("{TOP}[[tunnel]]\nclient = \"a\"\nto = true"), "tunnel.to"),
             (format!("{TOP}{tunnel}hots_header = \"x\""), "`hots_header`"),
             (format!("{TOP}{tunnel}insecure = true"), "`tunnel.insecure`"),
+            (format!("{TOP}{tunnel}publish = \"0.0.0.0:4090\""), "`tunnel.publish`"),
+            (format!("{TOP}{tunnel}publish = \"4090\""), "tunnel.publish"),
             (format!("{TOP}{tunnel}{tunnel}"), "`tunnel.client`"),
             (format!("{TOP}connections = 9\n{tunnel}"), "`connections`"),
             (format!("{TOP}connections = 900\n{tunnel}"), "`connections`"),

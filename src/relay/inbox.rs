@@ -1,11 +1,11 @@
 //! What comes over the bus: frames for agents whose tunnels are here, frames of agents whose exchanges are here, and news
-//! of clients. The counterpart of what [`taker`](super::taker) does for a tunnel's socket.
+//! of clients, and what they say to their subscribers. The counterpart of what [`taker`](super::taker) does for a tunnel's socket.
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use super::switchboard::Switchboard;
+use super::{fanout::Left, switchboard::Switchboard};
 use crate::{
     cluster::{
         bus::Inbox,
@@ -51,6 +51,13 @@ impl Inbox for NodeInbox {
             }) => expel(board, &client_id, tunnel_ws_id),
             Ok(Letter::News { from, client_id, news }) if from != board.node_id() => on_news(board, &client_id, news),
             Ok(Letter::News { .. }) => {}
+            Ok(Letter::Said { from, client_id, part }) => board.fanout.on_part(from, &client_id, &part),
+            Ok(Letter::Stands {
+                from,
+                client_id,
+                standing,
+            }) => board.fanout.on_standing(from, &client_id, standing),
+            Ok(Letter::Asks { from, client_id, known }) => board.fanout.on_asks(from, &client_id, &known),
             Err(Unreadable) => board.metrics.frame_dropped(FrameDrop::Unreadable),
         }
     }
@@ -58,6 +65,7 @@ impl Inbox for NodeInbox {
     fn on_interrupted(&self) {
         self.0.tunnels.all_stale();
         self.0.exchanges.missed();
+        self.0.fanout.on_interrupted();
     }
 }
 
@@ -142,10 +150,12 @@ fn on_news(board: &Switchboard, client_id: &ClientId, news: News) {
         News::TokenRevoked { token_id } => {
             board.directory.heard_of_change(client_id);
             board.revoke(|tunnel| tunnel.token_id == token_id);
+            board.fanout.end(client_id, Left::ClientGone);
         }
         News::ClientDeleted => {
             board.directory.heard_of_change(client_id);
             board.revoke(|tunnel| tunnel.path.owner.client_id == *client_id);
+            board.fanout.end(client_id, Left::ClientGone);
         }
         News::ClientChanged => board.directory.heard_of_change(client_id),
         News::Up(_) | News::Unknown => {}

@@ -13,6 +13,7 @@ use super::{
     Listeners, State,
     admin::{self, Readiness},
     downstream::{io::Timeouts, listener},
+    fanout::Left,
     routes,
     tunnels::Tunnel,
 };
@@ -90,7 +91,9 @@ async fn leave(state: &State, close_public: &CancellationToken) {
         let patience = Instant::now() + state.config.drain_timeout.min(MOVING);
         tokio::time::timeout_at(patience.into(), moved).await.ok();
     }
-    // 3. What is in flight ends by itself. MoosicBox servers are let go as they have answered.
+    // 3. Subscribers go on at another node where they were; what is in flight ends by itself, and MoosicBox servers are
+    //    let go as they have answered.
+    state.board.fanout.end_all(Left::Leaving);
     let answering = |tunnel: &Arc<Tunnel>| tunnel.dialect == Dialect::MoosicBox;
     let idle = async {
         while !state.board.exchanges.is_empty() || state.board.tunnels.held().iter().any(answering) {
@@ -194,10 +197,12 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
             Ok(RegistryEvent::TokenRevoked { client_id, token_id }) => {
                 state.board.peers.tell(&client_id, News::TokenRevoked { token_id });
                 state.board.revoke(|tunnel| tunnel.token_id == token_id);
+                state.board.fanout.end(&client_id, Left::ClientGone);
             }
             Ok(RegistryEvent::ClientDeleted { client_id }) => {
                 state.board.peers.tell(&client_id, News::ClientDeleted);
                 state.board.revoke(|tunnel| tunnel.path.owner.client_id == client_id);
+                state.board.fanout.end(&client_id, Left::ClientGone);
             }
             Ok(RegistryEvent::ClientChanged { client_id }) => {
                 state.board.peers.tell(&client_id, News::ClientChanged);
@@ -219,4 +224,6 @@ async fn recheck(state: &State) {
             state.board.revoke(|other| other.id == tunnel.id);
         }
     }
+    // Which tokens its subscribers came with is not known: whoever is still let in subscribes again.
+    state.board.fanout.end_all(Left::ClientGone);
 }

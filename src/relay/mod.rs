@@ -7,6 +7,7 @@
 //! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
 //! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
+//! - [`fanout`]: a client's messages to its subscribers, on all nodes · `publish` and [`subscribe`]: its two doors
 //! - [`accept`]: the door that agents come in by · [`taker`]: what comes by it · [`inbox`]: what comes from peers
 //! - [`moosicbox`]: the tunnels of MoosicBox's servers, and their apps
 //! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
@@ -36,10 +37,12 @@ pub mod ingress;
 pub mod lifecycle;
 mod moosicbox;
 pub mod out_body;
+mod publish;
 pub mod respond;
 pub mod router;
 pub mod routes;
 pub mod strict;
+pub mod subscribe;
 pub mod switchboard;
 pub mod taker;
 pub mod tunnels;
@@ -116,14 +119,6 @@ impl State {
     /// Whether the node is leaving.
     pub fn is_draining(&self) -> bool {
         self.drain_until.borrow().is_some()
-    }
-
-    /// Resolves when the node is leaving.
-    pub async fn leaving(&self) {
-        let mut until = self.drain_until.subscribe();
-        if until.wait_for(Option::is_some).await.is_err() {
-            std::future::pending().await
-        }
     }
 
     /// How long it still may take, if it is leaving.

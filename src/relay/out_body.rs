@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{State, downstream::handle::ConnHandle, ingress::Arrival};
+use super::{State, downstream::handle::ConnHandle, ingress::Arrival, subscribe::Events};
 use crate::{
     error::Cause,
     exchange::{Exchange, body::Broken, ingress::AnswerBody},
@@ -28,6 +28,8 @@ pub enum OutBody {
     Whole(Full<Bytes>, Option<Record>),
     /// As it comes through the tunnel.
     Streamed(Box<AnswerBody>, Option<Record>),
+    /// What is published to subscribers.
+    Events(Box<Events>),
 }
 
 impl OutBody {
@@ -58,6 +60,10 @@ impl Body for OutBody {
                 )
             }
             OutBody::Streamed(body, record) => (ready!(Pin::new(&mut **body).poll_frame(cx)), record.as_mut()),
+            OutBody::Events(events) => {
+                let bytes = ready!(events.poll_bytes(cx));
+                return Poll::Ready(bytes.map(|bytes| Ok(Frame::data(bytes))));
+            }
         };
         if let Some(record) = record {
             record.on_frame(frame.as_ref());
@@ -69,6 +75,7 @@ impl Body for OutBody {
         match self {
             OutBody::Whole(body, _) => body.is_end_stream(),
             OutBody::Streamed(body, _) => body.is_end_stream(),
+            OutBody::Events(_) => false,
         }
     }
 
@@ -76,6 +83,7 @@ impl Body for OutBody {
         match self {
             OutBody::Whole(body, _) => body.size_hint(),
             OutBody::Streamed(body, _) => body.size_hint(),
+            OutBody::Events(_) => SizeHint::default(),
         }
     }
 }

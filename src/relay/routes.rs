@@ -4,7 +4,7 @@
 use std::{convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use http_body::Body;
 use hyper::{body::Incoming, upgrade::OnUpgrade};
 use serde_json::Value;
@@ -18,7 +18,9 @@ use super::{
     ingress::{self, Arrival},
     moosicbox,
     out_body::OutBody,
+    publish,
     strict::{self, Target},
+    subscribe,
 };
 use crate::{
     cluster::registry::Client,
@@ -100,6 +102,8 @@ async fn dispatch(state: &Arc<State>, addressed: Addressed, came: Came) -> Resul
     match (came.target.path(), client_id) {
         ("/ws", client_id) if apex => tunnel(state, client_id, came).await,
         ("/health", None) if apex => Ok(json(&came.parts.method, &health())),
+        ("/adit/publish", Some(client_id)) if apex => publish_message(state, client_id, came).await,
+        ("/adit/subscribe", Some(client_id)) if apex => subscribe_to(state, client_id, came).await,
         (path, client_id) if apex && path.starts_with("/auth/") => auth(state, client_id, came).await,
         (_, Some(client_id)) => ingress::serve(state, came.to(client_id, None)).await,
         (_, None) => Err(Cause::NoClient),
@@ -136,6 +140,19 @@ async fn auth(state: &Arc<State>, client_id: Option<ClientId>, mut came: Came) -
         Ok(value) => Ok(json(&came.parts.method, &value)),
         Err(cause) => auth_api::as_known(cause, came.request_id),
     }
+}
+
+async fn publish_message(state: &Arc<State>, client_id: ClientId, came: Came) -> Result<Response<OutBody>, Cause> {
+    let remote = remote(state, &came.connection, &came.parts.headers);
+    let published = publish::publish(state, &client_id, remote, &came.parts, came.body).await?;
+    let mut response = json(&came.parts.method, &published);
+    *response.status_mut() = StatusCode::ACCEPTED;
+    Ok(response)
+}
+
+async fn subscribe_to(state: &Arc<State>, client_id: ClientId, mut came: Came) -> Result<Response<OutBody>, Cause> {
+    let remote = remote(state, &came.connection, &came.parts.headers);
+    subscribe::subscribe(state, &client_id, remote, &came.target, &mut came.parts).await
 }
 
 async fn tunnel(state: &Arc<State>, client_id: Option<ClientId>, mut came: Came) -> Result<Response<OutBody>, Cause> {

@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::BoxFuture;
 
 use super::{
+    fanout::Fanout,
     inbox::NodeInbox,
     tunnels::{Joined, Learned, Tunnel, Tunnels},
 };
@@ -79,10 +80,10 @@ pub struct Switchboard {
     pub tunnels: Arc<Tunnels>,
     /// The exchanges whose downstream is here.
     pub exchanges: Arc<Exchanges>,
+    /// What clients say to their subscribers.
+    pub fanout: Arc<Fanout>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
-    /// What clients tell their subscribers.
-    pub fanout: Arc<super::fanout::Fanout>,
 }
 
 impl Switchboard {
@@ -94,12 +95,13 @@ impl Switchboard {
             true => Exchanges::new(clock, resume_timeout),
             false => Exchanges::with_way_back(clock, resume_timeout, peers.clone()),
         };
+        let metrics = Arc::new(Metrics::new());
         Self {
             tunnels: Tunnels::new(peers.clone(), clock),
             exchanges: Arc::new(exchanges),
+            fanout: Fanout::new(peers.clone(), metrics.clone()),
             peers,
-            metrics: Arc::new(Metrics::new()),
-            fanout: Arc::default(),
+            metrics,
             directory,
             config,
         }
@@ -174,6 +176,7 @@ impl Switchboard {
         let moved = self.exchanges.tick(|owner, not| self.tunnels.other_path(owner, not));
         self.metrics.exchanges_moved(moved);
         self.peers.on_tick();
+        self.fanout.on_tick();
     }
 
     /// Tunnels here that carry exchanges and have been silent are asked whether they live.

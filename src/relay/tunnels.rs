@@ -13,7 +13,10 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use crate::{
-    cluster::{bus::Channel, letter::Card, peer::Peers},
+    cluster::{
+        letter::Card,
+        peer::{Listening, Peers},
+    },
     exchange::{
         Clock,
         path::{Owner, Path},
@@ -158,6 +161,7 @@ struct Held {
     /// When anybody last asked for a tunnel of it, seconds of the node's clock.
     used_at: AtomicU64,
     shunned: Vec<(TunnelId, Instant)>,
+    _listening: Listening,
 }
 
 /// Why a tunnel is not taken into the table.
@@ -182,7 +186,7 @@ pub struct Learned {
 
 impl Held {
     /// A client that nothing is known of here: remembered from now.
-    fn unseen(used_at: u64) -> Self {
+    fn unseen(used_at: u64, listening: Listening) -> Self {
         let now = Instant::now();
         Self {
             tunnels: Vec::new(),
@@ -191,6 +195,7 @@ impl Held {
             looked_at: None,
             used_at: AtomicU64::new(used_at),
             shunned: Vec::new(),
+            _listening: listening,
         }
     }
 
@@ -255,10 +260,9 @@ impl Tunnels {
     }
 
     fn entry<'a>(&self, clients: &'a mut ReplayableMap<ClientId, Held>, client_id: &ClientId) -> &'a mut Held {
-        clients.entry(client_id.clone()).or_insert_with(|| {
-            self.peers.bus().subscribe(Channel::Client(client_id.clone()));
-            Held::unseen(self.now())
-        })
+        clients
+            .entry(client_id.clone())
+            .or_insert_with(|| Held::unseen(self.now(), self.peers.listen(client_id)))
     }
 
     /// A tunnel of this node's is up. It supersedes an older one of the same instance and slot, wherever that is, and
@@ -413,16 +417,12 @@ impl Tunnels {
     /// Forgets clients without a tunnel that left longer than `memory` ago, and those at peers that nobody asked for in
     /// that time.
     pub fn forget(&self, memory: Duration) {
-        self.write().retain(|client_id, held| {
+        self.write().retain(|_, held| {
             let busy = |tunnel: &Arc<Tunnel>| tunnel.is_here() || tunnel.path.in_flight() > 0;
             let left_lately = held.tunnels.is_empty() && held.left_at.is_some_and(|at| at.elapsed() <= memory);
             let unused = self.now().saturating_sub(held.used_at.load(Ordering::Relaxed));
             let used_lately = !held.tunnels.is_empty() && unused <= memory.as_secs();
-            let kept = left_lately || used_lately || held.tunnels.iter().any(busy) || Arc::strong_count(&held.came) > 1;
-            if !kept {
-                self.peers.bus().unsubscribe(Channel::Client(client_id.clone()));
-            }
-            kept
+            left_lately || used_lately || held.tunnels.iter().any(busy) || Arc::strong_count(&held.came) > 1
         });
     }
 

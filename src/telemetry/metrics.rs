@@ -108,6 +108,32 @@ label! {
     }
 }
 
+label! {
+    /// Why a subscription ended.
+    Unsubscribed = "reason" {
+        /// The subscriber went away.
+        Itself = "itself",
+        /// It did not take what came.
+        TooSlow = "too_slow",
+        /// It missed something that could not be had any more.
+        Gap = "gap",
+        /// The client was deleted, or a token of its revoked.
+        ClientGone = "client_gone",
+        /// The node was leaving.
+        Leaving = "leaving",
+    }
+}
+
+label! {
+    /// What became of messages that were missed on the way to this node's subscribers.
+    GapEnd = "end" {
+        /// They came after all.
+        Repaired = "repaired",
+        /// Nobody had them any more: the subscribers were closed.
+        Unrepaired = "unrepaired",
+    }
+}
+
 /// The relay's metrics: shared in an `Arc`, written without a lock but for the look-up of a label.
 #[derive(Debug)]
 pub struct Metrics {
@@ -122,6 +148,44 @@ pub struct Metrics {
     exchanges_moved: Counter,
     frames_dropped: Family<FrameDrop, Counter>,
     bus: BusCounters,
+    fanout: FanoutMetrics,
+}
+
+/// What clients say to their subscribers.
+#[derive(Debug)]
+struct FanoutMetrics {
+    subscribers: Gauge,
+    published: Counter,
+    delivered: Counter,
+    gaps: Family<GapEnd, Counter>,
+    unsubscribed: Family<Unsubscribed, Counter>,
+}
+
+impl FanoutMetrics {
+    fn register(&self, registry: &mut Registry) {
+        let subscribers = self.subscribers.clone();
+        registry.register("subscribers", "Subscribers at this node", subscribers);
+        let published = self.published.clone();
+        registry.register(
+            "fanout_published",
+            "Messages to subscribers, said at this node",
+            published,
+        );
+        let delivered = self.delivered.clone();
+        registry.register(
+            "fanout_delivered",
+            "Messages given to subscribers of this node",
+            delivered,
+        );
+        let gaps = self.gaps.clone();
+        registry.register(
+            "fanout_gaps",
+            "Times that messages to subscribers were missed, by what became of it",
+            gaps,
+        );
+        let unsubscribed = self.unsubscribed.clone();
+        registry.register("subscriptions_ended", "Subscriptions that ended, by why", unsubscribed);
+    }
 }
 
 /// What the bus counts itself; taken over when the page is made.
@@ -155,6 +219,13 @@ impl Metrics {
             exchanges_moved: Counter::default(),
             frames_dropped: zeros(FrameDrop::ALL),
             bus: BusCounters::default(),
+            fanout: FanoutMetrics {
+                subscribers: Gauge::default(),
+                published: Counter::default(),
+                delivered: Counter::default(),
+                gaps: zeros(GapEnd::ALL),
+                unsubscribed: zeros(Unsubscribed::ALL),
+            },
         };
         metrics.register(bytes);
         metrics
@@ -201,6 +272,7 @@ impl Metrics {
             moved,
         );
         registry.register("frames_dropped", "Frames that led nowhere", self.frames_dropped.clone());
+        self.fanout.register(registry);
     }
 
     /// Counts an exchange in, until what it returns is ended or dropped.
@@ -247,6 +319,32 @@ impl Metrics {
     /// A frame was dropped.
     pub fn frame_dropped(&self, reason: FrameDrop) {
         self.frames_dropped.get_or_create(&reason).inc();
+    }
+
+    /// A subscriber came.
+    pub fn subscribed(&self) {
+        self.fanout.subscribers.inc();
+    }
+
+    /// A subscription ended.
+    pub fn unsubscribed(&self, why: Unsubscribed) {
+        self.fanout.subscribers.dec();
+        self.fanout.unsubscribed.get_or_create(&why).inc();
+    }
+
+    /// This node said something to a client's subscribers.
+    pub fn published(&self) {
+        self.fanout.published.inc();
+    }
+
+    /// A message was given to so many subscribers here.
+    pub fn delivered(&self, subscribers: u64) {
+        self.fanout.delivered.inc_by(subscribers);
+    }
+
+    /// Messages to subscribers were missed.
+    pub fn gap(&self, end: GapEnd) {
+        self.fanout.gaps.get_or_create(&end).inc();
     }
 
     /// All of it as OpenMetrics text (`application/openmetrics-text; version=1.0.0; charset=utf-8`).
@@ -336,6 +434,9 @@ mod tests {
             "adit_auth_failures_total{who=\"admin\"} 0",
             "adit_exchanges_moved_total 0",
             "adit_frames_dropped_total{reason=\"superseded\"} 0",
+            "adit_subscribers 0",
+            "adit_fanout_gaps_total{end=\"unrepaired\"} 0",
+            "adit_subscriptions_ended_total{reason=\"too_slow\"} 0",
         ] {
             assert!(page.lines().any(|found| found == line), "{line} is not in\n{page}");
         }

@@ -24,11 +24,7 @@ use crate::{
         ingress::{AnswerBody, Ingress},
     },
     ids::RequestId,
-    relay::{
-        State,
-        fanout::{Left, Subscription},
-        router,
-    },
+    relay::{State, fanout::Subscription, router},
     wire::{
         Dialect, fields,
         head::{RequestFlags, RequestHead},
@@ -45,13 +41,8 @@ const TAKEN_WITHIN: Duration = Duration::from_secs(30);
 /// An app may say nothing for as long as it is connected.
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Codes that an app's connection is closed with (RFC 6455 §7.4: 4000 and above are ours).
-mod close {
-    pub const TRY_AGAIN: u16 = 1013;
-    pub const TOO_SLOW: u16 = 4001;
-    pub const GAP: u16 = 4002;
-    pub const CLIENT_GONE: u16 = 4003;
-}
+/// An app's server is not there (RFC 6455's "try again later", in IANA's list).
+const TRY_AGAIN: u16 = 1013;
 
 /// Serves an app until it leaves, or has to.
 pub(super) async fn run<S>(state: Arc<State>, client: Arc<Client>, profile: Option<HeaderValue>, io: S)
@@ -113,18 +104,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> App<S> {
                     Some(Err(_)) | None => Err(Leaves::Gone),
                 },
                 message = self.messages.next() => match message {
-                    Ok(delivery) => self.send(delivery.body).await,
-                    Err(left) => Err(told(left)),
+                    Ok(delivery) => self.send(delivery.message()).await,
+                    Err(left) => Err(Leaves::Told(left.close_code(), left.why())),
                 },
                 answer = next_answer(&mut self.uplink) => match answer {
-                    Some(answer) => self.send(answer).await,
+                    Some(answer) => self.send(Message::of(answer)).await,
                     None => {
                         self.uplink = None; // its server has gone; the next thing it says finds another
                         Ok(())
                     }
                 },
                 _ = pings.tick() => self.ping(&mut heard).await,
-                () = self.state.leaving() => Err(Leaves::Told(1012, "this relay node is leaving: connect again")),
             };
             if let Err(leaves) = done {
                 return leaves;
@@ -141,15 +131,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> App<S> {
             self.uplink = self.open_uplink().await;
         }
         let Some(uplink) = &self.uplink else {
-            return Err(Leaves::Told(close::TRY_AGAIN, "the MoosicBox server is not connected"));
+            return Err(Leaves::Told(TRY_AGAIN, "the MoosicBox server is not connected"));
         };
         let taken = tokio::time::timeout(TAKEN_WITHIN, uplink.says.send(framed(&said))).await;
         match taken {
             Ok(Ok(())) => Ok(()),
-            _ => Err(Leaves::Told(
-                close::TRY_AGAIN,
-                "the MoosicBox server was lost: say it again",
-            )),
+            _ => Err(Leaves::Told(TRY_AGAIN, "the MoosicBox server was lost: say it again")),
         }
     }
 
@@ -202,11 +189,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> App<S> {
 
     async fn explain(&mut self, error: &str) -> Result<(), Leaves> {
         let text = serde_json::json!({ "error": error }).to_string();
-        self.send(text.into()).await
+        self.send(Message::Text(text.into())).await
     }
 
-    async fn send(&mut self, body: Bytes) -> Result<(), Leaves> {
-        let sent = tokio::time::timeout(TAKEN_WITHIN, self.socket.send(Message::of(body))).await;
+    async fn send(&mut self, message: Message) -> Result<(), Leaves> {
+        let sent = tokio::time::timeout(TAKEN_WITHIN, self.socket.send(message)).await;
         match sent {
             Ok(Ok(())) => Ok(()),
             _ => Err(Leaves::Gone),
@@ -229,13 +216,5 @@ async fn next_answer(uplink: &mut Option<Uplink>) -> Option<Bytes> {
     match uplink {
         Some(uplink) => uplink.answers.next().await,
         None => std::future::pending().await,
-    }
-}
-
-fn told(left: Left) -> Leaves {
-    match left {
-        Left::TooSlow => Leaves::Told(close::TOO_SLOW, "messages were not read in time"),
-        Left::Gap => Leaves::Told(close::GAP, "messages were lost: connect again"),
-        Left::ClientGone => Leaves::Told(close::CLIENT_GONE, "the client was deleted"),
     }
 }
