@@ -385,7 +385,17 @@ async fn an_app_goes_on_when_its_server_has_come_back() {
     let mut server = story.home.sender(story.relay.agents).await;
     let mut said = 2;
     // What it said while nobody knew that its server was gone is lost with that, as ever; it says the next thing.
-    XX
+    let mut again = tokio::time::interval(std::time::Duration::from_millis(50));
+    within("the new server hears it", async {
+        loop {
+            tokio::select! {
+                asked = server.next() => return assert!(asked["body"].as_u64() > Some(1)),
+                _ = again.tick() => app.say(&said.to_string()).await,
+            }
+            said += 1;
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
