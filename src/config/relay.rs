@@ -57,6 +57,8 @@ pub struct RelayConfig {
     pub http: HttpConfig,
     /// The pages that may call clients from elsewhere.
     pub cors: CorsConfig,
+    /// What MoosicBox servers cost.
+    pub moosicbox: MoosicBoxConfig,
     /// What is logged, and how.
     pub log: LogConfig,
 }
@@ -126,6 +128,15 @@ pub struct HttpConfig {
 pub struct CorsConfig {
     /// Origins as browsers write them, or `*` for any; none: the relay says nothing of it.
     pub origins: Vec<String>,
+}
+
+/// `[moosicbox]`: what MoosicBox servers cost. Sizes are bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoosicBoxConfig {
+    /// What slow downstreams have not taken of all answers together, in files; zero: none.
+    #[serde(deserialize_with = "de_size")]
+    pub spool_limit: usize,
 }
 
 /// `[log]`: what is logged, and how.
@@ -349,6 +360,7 @@ mod tests {
             (LogFormat::Auto, "info")
         );
         assert_eq!(config.cors.origins, [""; 0]);
+        assert_eq!(config.moosicbox.spool_limit, 1 << 30);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub mod forwarded;
 mod inbox;
 pub mod ingress;
 pub mod lifecycle;
-mod moosicbox;
+pub mod moosicbox;
 pub mod out_body;
 mod publish;
 pub mod respond;
@@ -82,6 +82,8 @@ pub struct State {
     pub tasks: TaskTracker,
     /// Memory left for buffered responses, in [`BUFFER_UNIT`]s.
     pub buffers: Arc<Semaphore>,
+    /// Room left for what slow downstreams have not taken of MoosicBox servers' answers.
+    pub spool: Arc<moosicbox::spool::Budget>,
     /// Set once, when the node begins to leave: by when it has to be gone.
     pub drain_until: watch::Sender<Option<Instant>>,
 }
@@ -101,6 +103,7 @@ impl State {
             board: Arc::new(board),
             tasks: TaskTracker::new(),
             buffers: Arc::new(Semaphore::new(config.http.buffered_total / BUFFER_UNIT)),
+            spool: moosicbox::spool::Budget::new(config.moosicbox.spool_limit as u64),
             drain_until: watch::Sender::new(None),
             bound,
             config,

@@ -1,7 +1,8 @@
 //! The MoosicBox dialect (`shared/MOOSICBOX.md` has its facts): MoosicBox's servers and apps work against this relay as they
 //! are. A server's tunnel serves the same exchanges as an agent's, on one node and across nodes.
 //!
-//! - [`sender`]: a server's socket · [`serve`]: an exchange served through it · [`requests`]: answers on their way
+//! - [`sender`]: a server's socket · [`serve`]: an exchange served through it · [`requests`]: answers on their way ·
+//!   [`spool`]: what of them nobody has taken yet
 //! - [`app`]: an app's socket, at any node · [`apps`]: what apps say, at the node of their server
 
 mod app;
@@ -9,6 +10,7 @@ mod apps;
 mod requests;
 mod sender;
 mod serve;
+pub mod spool;
 
 use std::sync::Arc;
 

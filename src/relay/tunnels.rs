@@ -156,6 +156,8 @@ struct Held {
     /// When the last of them left, if none is left.
     left_at: Option<Instant>,
     came: Arc<Notify>,
+    /// Whether its last tunnel was a MoosicBox server's.
+    was_moosicbox: bool,
     /// When the registry was last asked who holds its tunnels.
     looked_at: Option<Instant>,
     /// When anybody last asked for a tunnel of it, seconds of the node's clock.
@@ -192,6 +194,7 @@ impl Held {
             tunnels: Vec::new(),
             left_at: Some(now),
             came: Arc::default(),
+            was_moosicbox: false,
             looked_at: None,
             used_at: AtomicU64::new(used_at),
             shunned: Vec::new(),
@@ -217,6 +220,7 @@ impl Held {
     }
 
     fn add(&mut self, tunnel: Arc<Tunnel>) {
+        self.was_moosicbox = tunnel.dialect == Dialect::MoosicBox;
         self.tunnels.push(tunnel);
         self.left_at = None;
         self.came.notify_waiters();
@@ -406,6 +410,11 @@ impl Tunnels {
         clients
             .get(client_id)
             .is_some_and(|held| held.left_at.is_none_or(|at| at.elapsed() <= memory))
+    }
+
+    /// Whether who was here last is a MoosicBox server: when it does not get through at once, it tries again after 5 s.
+    pub fn comes_slowly(&self, client_id: &ClientId) -> bool {
+        self.read().get(client_id).is_some_and(|held| held.was_moosicbox)
     }
 
     /// Notified when the client's next tunnel comes, to this node or a peer.

@@ -1,5 +1,6 @@
 //! Requests that a MoosicBox server (the *sender*) is answering: each waits for its packets here, in any order and within
-//! bounds. Nothing slows a sender down but its socket not being read: whoever is too slow is given up.
+//! bounds. Nothing slows a sender down but its socket not being read: what a downstream is behind by is spooled, and who is
+//! behind by more than there is room for is given up.
 
 use std::{
     collections::HashMap,
@@ -8,22 +9,21 @@ use std::{
 
 use tokio::sync::Notify;
 
+use super::spool::{Budget, Spool};
 use crate::{
     exchange::Exchange,
     wire::{
         frame::Code,
-        moosicbox::{Packet, Piece, Reassembler},
+        moosicbox::{OutOfOrder, Packet, Piece, RawHead, Reassembler},
     },
 };
 
-/// What one answer may hold that its downstream has not taken, bytes.
-const MAX_HELD: usize = 4 * 1024 * 1024;
 /// What may wait for a packet that is missing, bytes: what a sender has on its way out of order, and that is little.
-const MAX_EARLY: usize = 4 * 1024 * 1024 + 256 * 1024;
+const MAX_EARLY: usize = 1024 * 1024;
 
 /// The answers that are on their way, by request id.
-#[derive(Default)]
 pub(super) struct Requests {
+    budget: Arc<Budget>,
     /// Guards the map; held for a look-up.
     answers: Mutex<HashMap<u64, Arc<Answer>>>,
 }
@@ -42,10 +42,21 @@ pub(super) struct Answer {
 
 struct State {
     packets: Reassembler,
+    head: Option<RawHead>,
+    body: Spool,
+    ended: bool,
     failed: Option<Code>,
 }
 
 impl Requests {
+    /// None yet. What slow downstreams have not taken is kept in files within this budget.
+    pub fn new(budget: Arc<Budget>) -> Arc<Self> {
+        Arc::new(Self {
+            budget,
+            answers: Mutex::default(),
+        })
+    }
+
     fn answers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Answer>>> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -56,6 +67,9 @@ impl Requests {
             exchange,
             state: Mutex::new(State {
                 packets: Reassembler::new(MAX_EARLY),
+                head: None,
+                body: Spool::new(self.budget.clone()),
+                ended: false,
                 failed: None,
             }),
             came: Notify::new(),
@@ -102,16 +116,15 @@ impl Answer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// True when it is full now.
     fn push(&self, packet: Packet) -> bool {
-        let mut state = self.state();
-        if let Err(error) = state.packets.push(packet) {
-            tracing::warn!(%error, "a MoosicBox server's answer cannot be put together");
-            state.failed.get_or_insert(Code::UpstreamFailed);
-        }
-        let is_full = state.packets.held() >= MAX_HELD && state.failed.is_none();
-        drop(state);
+        let taken = self.state().take(packet);
         self.came.notify_one();
-        is_full
+        taken.unwrap_or_else(|error| {
+            tracing::warn!(request.id = %self.exchange.id, %error, "a MoosicBox server's answer cannot be put together");
+            self.fail(Code::UpstreamFailed);
+            false
+        })
     }
 
     /// Nothing more of it is of use: what it holds is dropped, and its exchange ends.
@@ -119,7 +132,7 @@ impl Answer {
         {
             let mut state = self.state();
             state.failed.get_or_insert(code);
-            state.packets = Reassembler::new(0);
+            state.drop_all();
         }
         self.exchange.reset(code);
         self.came.notify_one();
@@ -131,7 +144,7 @@ impl Answer {
         loop {
             {
                 let state = self.state();
-                if state.packets.held() < MAX_HELD || state.failed.is_some() {
+                if !state.body.is_full() || state.failed.is_some() {
                     return;
                 }
             }
@@ -141,18 +154,51 @@ impl Answer {
 
     async fn next(&self) -> Result<Piece, Code> {
         loop {
-            {
-                let mut state = self.state();
-                if let Some(piece) = state.packets.next_piece() {
-                    self.taken.notify_one();
-                    return Ok(piece);
-                }
-                if let Some(code) = state.failed {
-                    return Err(code);
-                }
+            if let Some(piece) = self.state().next()? {
+                self.taken.notify_one();
+                return Ok(piece);
             }
             self.came.notified().await;
         }
+    }
+}
+
+impl State {
+    /// Takes a packet, and what has become readable by it. True when it is full now.
+    fn take(&mut self, packet: Packet) -> Result<bool, OutOfOrder> {
+        if self.failed.is_some() {
+            return Ok(false);
+        }
+        self.packets.push(packet)?;
+        while let Some(piece) = self.packets.next_piece() {
+            match piece {
+                Piece::Head(head) => self.head = Some(head),
+                Piece::Body(body) => self.body.push(body),
+                Piece::End => self.ended = true,
+            }
+        }
+        Ok(self.body.is_full())
+    }
+
+    fn next(&mut self) -> Result<Option<Piece>, Code> {
+        if let Some(head) = self.head.take() {
+            return Ok(Some(Piece::Head(head)));
+        }
+        let body = self.body.pop().map_err(|error| {
+            tracing::error!(%error, "what a slow downstream has not taken cannot be read again");
+            Code::UpstreamFailed
+        })?;
+        match (body, self.failed) {
+            (Some(body), _) => Ok(Some(Piece::Body(body))),
+            (None, Some(code)) => Err(code),
+            (None, None) => Ok(self.ended.then_some(Piece::End)),
+        }
+    }
+
+    fn drop_all(&mut self) {
+        self.packets = Reassembler::new(0);
+        self.head = None;
+        self.body.clear();
     }
 }
 
@@ -172,9 +218,7 @@ impl InFlight {
 
     /// Whether the sender has said all, read or not.
     pub fn has_ended(&self) -> bool {
-        let packets = &mut self.answer.state().packets;
-        while packets.next_piece().is_some() {}
-        packets.has_ended()
+        self.answer.state().ended
     }
 }
 
@@ -182,6 +226,8 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.requests.answers().remove(&self.id);
         self.answer.taken.notify_one(); // whoever waits for it to be taken need not
-        self.answer.state().failed.get_or_insert(Code::Cancelled);
+        let mut state = self.answer.state();
+        state.failed.get_or_insert(Code::Cancelled);
+        state.drop_all();
     }
 }

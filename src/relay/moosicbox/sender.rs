@@ -53,6 +53,8 @@ pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
 pub(super) const SILENT_FOR: Duration = Duration::from_secs(10);
 /// A socket that takes nothing for so long is dead.
 pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a closed connection may take to be told why.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long its socket is not read for one answer that nobody takes. Then that answer is given up.
 const FULL_FOR: Duration = Duration::from_secs(5);
 /// When the node leaves, its server is let go at the first moment that it answers nothing, and at the latest this long
@@ -84,7 +86,7 @@ where
     begin(&state, &joined, remote);
     let (outbox, texts) = mpsc::channel(OUTBOX);
     let sender = Sender {
-        requests: Arc::default(),
+        requests: Requests::new(state.spool.clone()),
         apps: Arc::default(),
         outbox,
     };
@@ -99,9 +101,9 @@ where
     let host = Arc::new(Host::new(owner, sender, MAX_REQUESTS));
     let why = serve(&state, &joined, &host, &mut line).await;
     finish(&state, joined, &host, &why).await;
-    if let Why::Leaving = why {
-        let closing = line.socket.close(1012, "this relay node is leaving: connect again");
-        tokio::time::timeout(WRITE_TIMEOUT, closing).await.ok();
+    if let Some((code, reason)) = why.told() {
+        let closing = line.socket.close(code, reason);
+        tokio::time::timeout(CLOSE_TIMEOUT, closing).await.ok();
     }
 }
 
@@ -122,6 +124,21 @@ enum Why {
     ClosedHere,
     #[error("this node is leaving")]
     Leaving,
+}
+
+impl Why {
+    /// What the sender is told, where it is not its own doing (RFC 6455 §7.4 and IANA's list).
+    fn told(&self) -> Option<(u16, &'static str)> {
+        match self {
+            Why::Leaving => Some((1012, "this relay node is leaving: connect again")),
+            Why::ClosedHere => Some((1001, "the relay has closed this tunnel")),
+            Why::Malformed(_) => Some((
+                1002,
+                "a message was not what MoosicBox's protocol has: see the relay's log",
+            )),
+            Why::Closed | Why::Broken(_) | Why::Silent | Why::Stuck => None,
+        }
+    }
 }
 
 fn begin(state: &State, joined: &Joined, remote: IpAddr) {
@@ -151,9 +168,10 @@ where
     let taker = TunnelTaker::new(state.board.clone(), &joined.tunnel);
     let (far, far_taker, told) = host.link_up(state.config.tunnels.resume_timeout);
     let why = tokio::select! {
-        why = line.converse() => why,
-        _ = join((path, &taker), (&far, &far_taker)) => Why::ClosedHere,
+        biased;
         () = leave_when_told(told, state, host) => Why::Leaving,
+        _ = join((path, &taker), (&far, &far_taker)) => Why::ClosedHere,
+        why = line.converse() => why,
         () = host.clone().pass_time() => Why::ClosedHere,
     };
     host.link_lost(&far);

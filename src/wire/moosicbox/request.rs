@@ -83,26 +83,27 @@ fn carried(headers: &HeaderMap) -> BTreeMap<String, String> {
     fields::strip_hop_by_hop(&mut headers);
     let names = headers.keys().filter(|name| is_carried(name));
     let joined = names.filter_map(|name| {
-        let between = if *name == header::COOKIE { "; " } else { ", " };
         let values = headers.get_all(name).iter();
         let texts: Result<Vec<&str>, _> = values.map(|value| std::str::from_utf8(value.as_bytes())).collect();
-        Some((name.as_str().to_owned(), texts.ok()?.join(between)))
+        Some((name.as_str().to_owned(), texts.ok()?.join(", ")))
     });
     joined.collect()
 }
 
-/// Not what describes the body or the connection, both of which the sender makes anew; not what proxies say of each
-/// other, which a server that sits next to its sender has no use for.
+/// What a local server may want to know of a request: the sender *adds* these to its own headers, and what it says of
+/// itself (`User-Agent` above all, by which MoosicBox tells tunnelled requests) must stand alone.
 fn is_carried(name: &HeaderName) -> bool {
-    const NEVER: [HeaderName; 5] = [
-        header::HOST,
-        header::EXPECT,
-        header::TRAILER,
-        header::FORWARDED,
-        PROFILE_HEADER, // said apart
+    const CARRIED: [HeaderName; 8] = [
+        header::ACCEPT,
+        header::ACCEPT_LANGUAGE,
+        header::RANGE,
+        header::IF_RANGE,
+        header::IF_MATCH,
+        header::IF_NONE_MATCH,
+        header::IF_MODIFIED_SINCE,
+        header::IF_UNMODIFIED_SINCE,
     ];
-    const NEVER_PREFIXES: [&str; 5] = ["content-", "sec-websocket-", "trace", "x-forwarded-", "x-real-ip"];
-    !NEVER.contains(name) && !NEVER_PREFIXES.iter().any(|prefix| name.as_str().starts_with(prefix))
+    CARRIED.contains(name) || name.as_str().starts_with("hx-")
 }
 
 #[cfg(test)]
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_go_along_unless_they_concern_a_connection_or_a_body() {
+    fn headers_go_along_that_say_what_is_wanted_and_no_others() {
         let mut given = headers(&[
             ("accept", "a/b"),
             ("accept", "c/d"),
@@ -201,15 +202,15 @@ mod tests {
             ("x-forwarded-for", "x"),
             ("traceparent", "00-0-0-00"),
             ("adit-client", "c"),
+            ("user-agent", "an app"),
         ]);
-        given.insert("x-utf8", HeaderValue::from_bytes("ö".as_bytes()).expect("a value"));
-        given.insert("x-latin", HeaderValue::from_static("a"));
-        given.append("x-latin", HeaderValue::from_bytes(b"\xf6").expect("a value"));
+        given.insert("hx-prompt", HeaderValue::from_bytes("ö".as_bytes()).expect("a value"));
+        given.insert("hx-target", HeaderValue::from_static("a"));
+        given.append("hx-target", HeaderValue::from_bytes(b"\xf6").expect("a value"));
         assert_eq!(
             get("/", &given)["headers"],
             serde_json::json!({
-                "accept": "a/b, c/d", "authorization": "Bearer upstream's", "cookie": "a=1; b=2", "if-range": "\"x\"",
-                "x-utf8": "ö",
+                "accept": "a/b, c/d", "hx-prompt": "ö", "if-range": "\"x\"",
             })
         );
     }
