@@ -595,7 +595,7 @@ def metrics_of_the_source():
         suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
         for suffix in suffixes:
             found[f"adit_{name}{suffix}"] = label | ({"le": None} if suffix == "_bucket" else {})
-    return str(found)
+    return found
 
 
 try:
@@ -724,7 +724,7 @@ def tool(name):
     found = shutil.which(name)
     if not found:
         raise Skip(f"{name} is not installed")
-    return str(found)
+    return found
 
 
 def run(*arguments, **environment):

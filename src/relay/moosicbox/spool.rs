@@ -79,7 +79,7 @@ impl Spool {
     /// Takes it, wherever there is room. When there is none any more, [`is_full`](Self::is_full).
     pub fn push(&mut self, bytes: Bytes) {
         let fits = self.disk.is_none() && self.in_memory + bytes.len() <= MAX_MEMORY;
-        if !fits && self.late.is_empty() && self.to_disk(&bytes) {
+        if !fits && self.late.is_empty() && self.goes_to_disk(&bytes) {
             return;
         }
         self.in_memory += bytes.len();
@@ -94,7 +94,7 @@ impl Spool {
         self.in_memory >= MAX_MEMORY && (self.disk.is_none() || !self.late.is_empty())
     }
 
-    fn to_disk(&mut self, bytes: &[u8]) -> bool {
+    fn goes_to_disk(&mut self, bytes: &[u8]) -> bool {
         if !self.budget.take(bytes.len() as u64) {
             return false;
         }
