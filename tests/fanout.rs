@@ -322,14 +322,26 @@ async fn deleting_the_client_or_revoking_a_token_ends_subscriptions() {
     let signature = relay.registry.create_signature(&client).await.expect("a signature");
     let more = format!("&signature={}", signature.expose());
     let mut socket = websocket(relay.agents, "home", &more).await;
-    publish(relay.address, "home", &token, "1").await;
-    assert_eq!(message(&mut socket).await, Message::text("1"));
+    publish(relay.address, "home", &token, "0").await;
+    let before = publish(relay.address, "home", &token, "1").await;
+    publish(relay.address, "home", &token, "after").await;
+    for said in ["0", "1", "after"] {
+        assert_eq!(message(&mut socket).await, Message::text(said));
+    }
     let (token_id, _) = relay.registry.create_token(&client, None).await.expect("a token");
     relay.registry.revoke_token(&client, token_id).await.expect("revoked");
     assert_eq!(code_of(message(&mut socket).await), 4003);
     let mut again = websocket(relay.agents, "home", &more).await;
     relay.registry.delete_client(&client).await.expect("deleted");
     assert_eq!(code_of(message(&mut again).await), 4003);
+    // Whoever has the name next is somebody else, and hears nothing of what was said before.
+    let token = relay.client("home", NewAuth::Public).await;
+    within("a new client of the name", async {
+        while try_publish(relay.address, "home", &token, "2").await.0 != 202 {}
+    })
+    .await;
+    let mut old = Events::subscribe(relay.address, "home", Some(&before)).await;
+    assert_eq!(old.next().await.expect("the last event").name, "gap");
     relay.stop().await;
 }
 

@@ -151,6 +151,15 @@ impl Fanout {
         }
     }
 
+    /// The client is deleted: its subscriptions here end, and nobody hears again what it said.
+    pub fn forget(&self, client_id: &ClientId) {
+        if let Some(client) = self.find(client_id) {
+            let mut client = lock(&client);
+            client.end(Left::ClientGone, &self.around(client_id));
+            client.forget();
+        }
+    }
+
     /// Ends all subscriptions here.
     pub fn end_all(&self, left: Left) {
         for (client_id, client) in self.all() {
