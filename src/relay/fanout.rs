@@ -21,6 +21,8 @@ mod position;
 mod ring;
 mod sources;
 mod subscriber;
+#[cfg(test)]
+mod tests;
 
 use self::{
     client::{Around, Client},
