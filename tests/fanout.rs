@@ -31,6 +31,27 @@ use tokio_tungstenite::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
+/// A relay whose nodes can speak with each other.
+async fn started() -> TestRelay {
+    let relay = TestRelay::start().await;
+    for admin in [Some(relay.admin), relay.peer.as_ref().map(|peer| peer.admin)]
+        .into_iter()
+        .flatten()
+    {
+        within("the bus is there", async {
+            loop {
+                let ask = Request::get("/readyz").header("host", "admin").body(full(""));
+                let (_, answer) = whole(send(admin, ask.expect("a request")).await).await;
+                if !String::from_utf8_lossy(&answer).contains("the bus is away") {
+                    break;
+                }
+            }
+        })
+        .await;
+    }
+    relay
+}
+
 fn request(method: Method, path: &str) -> http::request::Builder {
     Request::builder().method(method).uri(path).header("host", "relay")
 }
@@ -145,7 +166,7 @@ fn code_of(message: Message) -> u16 {
 
 #[tokio::test]
 async fn what_is_published_at_any_node_reaches_the_subscribers_of_every_node() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Public).await;
     let (one, other) = (relay.address, relay.agents);
     let mut events = [
@@ -195,7 +216,7 @@ async fn no_subscribers_are_left(relay: &TestRelay) {
 
 #[tokio::test]
 async fn another_clients_subscribers_never_see_it() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let home = relay.client("home", NewAuth::Public).await;
     let office = relay.client("office", NewAuth::Public).await;
     let mut at_home = Events::subscribe(relay.address, "home", None).await;
@@ -215,7 +236,7 @@ async fn another_clients_subscribers_never_see_it() {
 
 #[tokio::test]
 async fn a_subscriber_that_comes_back_elsewhere_goes_on_where_it_was() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Public).await;
     let (one, other) = (relay.address, relay.agents);
     let mut events = Events::subscribe(one, "home", None).await;
@@ -251,7 +272,7 @@ async fn a_subscriber_that_comes_back_elsewhere_goes_on_where_it_was() {
 
 #[tokio::test]
 async fn what_nobody_has_any_more_is_said_and_not_skipped() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Public).await;
     let mut events = Events::subscribe(relay.address, "home", None).await;
     publish(relay.agents, "home", &token, "1").await;
@@ -275,7 +296,7 @@ async fn what_nobody_has_any_more_is_said_and_not_skipped() {
 
 #[tokio::test]
 async fn who_does_not_read_is_closed_and_the_others_get_everything() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Public).await;
     let mut stalled = websocket(relay.address, "home", "").await;
     let mut stalled_events = Events::subscribe(relay.address, "home", None).await;
@@ -316,26 +337,38 @@ async fn who_does_not_read_is_closed_and_the_others_get_everything() {
 
 #[tokio::test]
 async fn deleting_the_client_or_revoking_a_token_ends_subscriptions() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Token).await;
     let client = harness::id("home");
     let signature = relay.registry.create_signature(&client).await.expect("a signature");
     let more = format!("&signature={}", signature.expose());
     let mut socket = websocket(relay.agents, "home", &more).await;
-    publish(relay.address, "home", &token, "1").await;
-    assert_eq!(message(&mut socket).await, Message::text("1"));
+    publish(relay.address, "home", &token, "0").await;
+    let before = publish(relay.address, "home", &token, "1").await;
+    publish(relay.address, "home", &token, "after").await;
+    for said in ["0", "1", "after"] {
+        assert_eq!(message(&mut socket).await, Message::text(said));
+    }
     let (token_id, _) = relay.registry.create_token(&client, None).await.expect("a token");
     relay.registry.revoke_token(&client, token_id).await.expect("revoked");
     assert_eq!(code_of(message(&mut socket).await), 4003);
     let mut again = websocket(relay.agents, "home", &more).await;
     relay.registry.delete_client(&client).await.expect("deleted");
     assert_eq!(code_of(message(&mut again).await), 4003);
+    // Whoever has the name next is somebody else, and hears nothing of what was said before.
+    let token = relay.client("home", NewAuth::Public).await;
+    within("a new client of the name", async {
+        while try_publish(relay.address, "home", &token, "2").await.0 != 202 {}
+    })
+    .await;
+    let mut old = Events::subscribe(relay.address, "home", Some(&before)).await;
+    assert_eq!(old.next().await.expect("the last event").name, "gap");
     relay.stop().await;
 }
 
 #[tokio::test]
 async fn who_may_not_is_refused_and_too_much_is_too_much() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Token).await;
     assert_eq!(try_publish(relay.address, "home", "wrong", "x").await.0, 401);
     assert_eq!(try_publish(relay.address, "nobody", &token, "x").await.0, 401);
@@ -374,7 +407,7 @@ async fn who_may_not_is_refused_and_too_much_is_too_much() {
 
 #[tokio::test]
 async fn a_node_that_leaves_sends_its_subscribers_elsewhere() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     relay.client("home", NewAuth::Public).await;
     let mut socket = websocket(relay.address, "home", "").await;
     let mut events = Events::subscribe(relay.address, "home", None).await;
@@ -401,7 +434,7 @@ async fn publishing_agent(relay: &TestRelay, token: &str) -> (SocketAddr, Shutdo
 
 #[tokio::test]
 async fn an_upstream_speaks_to_its_subscribers_through_its_agent() {
-    let relay = TestRelay::start().await;
+    let relay = started().await;
     let token = relay.client("home", NewAuth::Public).await;
     let (address, shutdown, agent) = publishing_agent(&relay, &token).await;
     let mut events = Events::subscribe(relay.address, "home", None).await;

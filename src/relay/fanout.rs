@@ -21,6 +21,8 @@ mod position;
 mod ring;
 mod sources;
 mod subscriber;
+#[cfg(test)]
+mod tests;
 
 use self::{
     client::{Around, Client},
@@ -148,6 +150,15 @@ impl Fanout {
     pub fn end(&self, client_id: &ClientId, left: Left) {
         if let Some(client) = self.find(client_id) {
             lock(&client).end(left, &self.around(client_id));
+        }
+    }
+
+    /// The client is deleted: its subscriptions here end, and nobody hears again what it said.
+    pub fn forget(&self, client_id: &ClientId) {
+        if let Some(client) = self.find(client_id) {
+            let mut client = lock(&client);
+            client.end(Left::ClientGone, &self.around(client_id));
+            client.forget();
         }
     }
 

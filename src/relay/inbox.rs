@@ -155,7 +155,7 @@ fn on_news(board: &Switchboard, client_id: &ClientId, news: News) {
         News::ClientDeleted => {
             board.directory.heard_of_change(client_id);
             board.revoke(|tunnel| tunnel.path.owner.client_id == *client_id);
-            board.fanout.end(client_id, Left::ClientGone);
+            board.fanout.forget(client_id);
         }
         News::ClientChanged => board.directory.heard_of_change(client_id),
         News::Up(_) | News::Unknown => {}

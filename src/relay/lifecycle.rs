@@ -202,7 +202,7 @@ async fn obey_revocations(state: Arc<State>, close: CancellationToken) {
             Ok(RegistryEvent::ClientDeleted { client_id }) => {
                 state.board.peers.tell(&client_id, News::ClientDeleted);
                 state.board.revoke(|tunnel| tunnel.path.owner.client_id == client_id);
-                state.board.fanout.end(&client_id, Left::ClientGone);
+                state.board.fanout.forget(&client_id);
             }
             Ok(RegistryEvent::ClientChanged { client_id }) => {
                 state.board.peers.tell(&client_id, News::ClientChanged);

@@ -1,7 +1,11 @@
 //! One client, as a node's fan-out knows it: what this node said to its subscribers, and who subscribes here. Speaks to the
 //! other nodes through the bus, but never waits.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 
@@ -250,6 +254,13 @@ impl Client {
         self.settle(around);
     }
 
+    /// What was said is not said again: whoever has the client's name next is somebody else.
+    pub fn forget(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.forget();
+        }
+    }
+
     /// Whether there is nothing but numbers, and for how long nothing was said.
     pub fn is_idle(&self, now: Duration) -> Option<Duration> {
         match (&self.listening, &self.ring) {
@@ -414,7 +425,7 @@ impl Here {
             .get(self.asked)
             .is_some_and(|after| around.now.saturating_sub(self.since) >= *after);
         self.asked += usize::from(due);
-        let mut known = HashMap::new();
+        let mut known = BTreeMap::new();
         for (source, seq) in self.cohorts.iter().flat_map(|cohort| cohort.sources.known()) {
             let least: &mut u64 = known.entry(source).or_insert(seq);
             *least = seq.min(*least);

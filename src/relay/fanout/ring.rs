@@ -102,12 +102,17 @@ impl Ring {
     pub fn on_tick(&mut self, now: Duration) -> bool {
         let quiet = now.saturating_sub(self.said_at);
         if quiet >= KEPT_FOR && !self.parts.is_empty() {
-            self.parts = VecDeque::new();
-            self.bytes = 0;
+            self.forget();
         }
         let due = REPEATED_AFTER.get(self.repeats).is_some_and(|after| quiet >= *after);
         self.repeats += usize::from(due);
         due
+    }
+
+    /// Nothing is said again; the numbers go on.
+    pub fn forget(&mut self) {
+        self.parts = VecDeque::new();
+        self.bytes = 0;
     }
 
     /// How long nothing was said.
