@@ -1,10 +1,15 @@
 //! What the relay counts, as OpenMetrics text. Labels are enums, so nobody outside can add a time series.
 
-use std::{fmt::Error, hash::Hash, sync::atomic::Ordering};
+use std::{
+    fmt::Error,
+    hash::Hash,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use prometheus_client::{
     encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder, text},
-    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
     registry::{Registry, Unit},
 };
 
@@ -54,6 +59,96 @@ label! {
         /// A bug of ours.
         Internal = "internal",
     }
+}
+
+label! {
+    /// Who held the tunnel that an exchange went by.
+    Place = "place" {
+        /// The node of its downstream.
+        Local = "local",
+        /// Another node, over the bus.
+        Peer = "peer",
+        /// There was none.
+        None = "none",
+    }
+}
+
+label! {
+    /// What was spoken in the tunnel that an exchange went by.
+    Dialect = "dialect" {
+        /// adit's own frames.
+        Adit = "adit",
+        /// What MoosicBox's servers speak.
+        MoosicBox = "moosicbox",
+        /// There was none.
+        None = "none",
+    }
+}
+
+/// The tunnel that an exchange went by, as far as it is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Via {
+    /// Who held it.
+    pub place: Place,
+    /// What was spoken in it.
+    pub dialect: Dialect,
+}
+
+impl Default for Via {
+    /// None.
+    fn default() -> Self {
+        Self {
+            place: Place::None,
+            dialect: Dialect::None,
+        }
+    }
+}
+
+/// How an exchange ended, and by what tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Ended(Outcome, Via);
+
+impl EncodeLabelSet for Ended {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), Error> {
+        let Self(outcome, Via { place, dialect }) = self;
+        outcome.encode(encoder)?;
+        dialect.encode(encoder)?;
+        place.encode(encoder)
+    }
+}
+
+impl Ended {
+    /// Every one there can be.
+    fn all() -> Vec<Self> {
+        let tunnels = [Place::Local, Place::Peer]
+            .into_iter()
+            .flat_map(|place| [Dialect::Adit, Dialect::MoosicBox].map(|dialect| Via { place, dialect }));
+        let vias: Vec<Via> = tunnels.chain([Via::default()]).collect();
+        let of = |outcome: &Outcome| vias.iter().map(|via| Self(*outcome, *via)).collect::<Vec<_>>();
+        Outcome::ALL.iter().flat_map(of).collect()
+    }
+}
+
+/// Upper bounds of latencies, seconds. A tunnel adds well under a millisecond on one machine and a round trip between
+/// two; whoever waits notices from a tenth of a second on; `park_timeout` is 5 s, `response_timeout` 120 s. So three steps
+/// a decade where the relay's own part is seen, and two where the upstream's is.
+const LATENCY_BUCKETS: [f64; 16] = [
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0,
+];
+
+/// Latencies by the place of the tunnel.
+type Latencies = Family<Place, Histogram, fn() -> Histogram>;
+
+fn latencies() -> Latencies {
+    let latencies = Latencies::new_with_constructor(latency);
+    for place in Place::ALL {
+        drop(latencies.get_or_create(place));
+    }
+    latencies
+}
+
+fn latency() -> Histogram {
+    Histogram::new(LATENCY_BUCKETS)
 }
 
 label! {
@@ -112,8 +207,10 @@ label! {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    exchanges: Family<Outcome, Counter>,
+    exchanges: Family<Ended, Counter>,
     exchanges_in_flight: Gauge,
+    heads: Latencies,
+    durations: Latencies,
     tunnels: Gauge,
     to_upstream: Counter,
     from_upstream: Counter,
@@ -145,8 +242,10 @@ impl Metrics {
         let bytes = Family::<Direction, Counter>::default();
         let mut metrics = Self {
             registry: Registry::with_prefix("adit"),
-            exchanges: zeros(Outcome::ALL),
+            exchanges: zeros(&Ended::all()),
             exchanges_in_flight: Gauge::default(),
+            heads: latencies(),
+            durations: latencies(),
             tunnels: Gauge::default(),
             to_upstream: bytes.get_or_create_owned(&Direction::ToUpstream),
             from_upstream: bytes.get_or_create_owned(&Direction::FromUpstream),
@@ -165,6 +264,18 @@ impl Metrics {
         let version = vec![("version", env!("CARGO_PKG_VERSION"))];
         registry.register("build", "The version that runs", Info::new(version));
         registry.register("exchanges", "Requests that ended, by how", self.exchanges.clone());
+        registry.register_with_unit(
+            "exchange_head",
+            "From a request's head to its answer's",
+            Unit::Seconds,
+            self.heads.clone(),
+        );
+        registry.register_with_unit(
+            "exchange_duration",
+            "From a request's head to the end of its answer",
+            Unit::Seconds,
+            self.durations.clone(),
+        );
         let in_flight = self.exchanges_in_flight.clone();
         registry.register(
             "exchanges_in_flight",
@@ -209,7 +320,10 @@ impl Metrics {
         InFlight {
             in_flight: self.exchanges_in_flight.clone(),
             exchanges: self.exchanges.clone(),
-            outcome: Outcome::DownstreamLeft,
+            heads: self.heads.clone(),
+            durations: self.durations.clone(),
+            began: Instant::now(),
+            ended: Ended(Outcome::DownstreamLeft, Via::default()),
         }
     }
 
@@ -276,21 +390,30 @@ fn zeros<L: Clone + Eq + Hash>(labels: &[L]) -> Family<L, Counter> {
 #[must_use]
 pub struct InFlight {
     in_flight: Gauge,
-    exchanges: Family<Outcome, Counter>,
-    outcome: Outcome,
+    exchanges: Family<Ended, Counter>,
+    heads: Latencies,
+    durations: Latencies,
+    began: Instant,
+    ended: Ended,
 }
 
 impl InFlight {
-    /// Counts it out, by how it ended.
-    pub fn end(mut self, outcome: Outcome) {
-        self.outcome = outcome;
+    /// Counts it out, by how it ended, and by what tunnel; `head_after`: when the head of its answer was there.
+    pub fn end(mut self, outcome: Outcome, via: Via, head_after: Option<Duration>) {
+        if let Some(head_after) = head_after {
+            self.heads.get_or_create(&via.place).observe(head_after.as_secs_f64());
+        }
+        self.ended = Ended(outcome, via);
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.in_flight.dec();
-        self.exchanges.get_or_create(&self.outcome).inc();
+        self.exchanges.get_or_create(&self.ended).inc();
+        let place = self.ended.1.place;
+        let duration = self.began.elapsed().as_secs_f64();
+        self.durations.get_or_create(&place).observe(duration);
     }
 }
 
@@ -327,8 +450,10 @@ mod tests {
         let page = Metrics::new().render(Counts::default());
         for line in [
             "adit_build_info{version=\"0.1.0\"} 1",
-            "adit_exchanges_total{outcome=\"ok\"} 0",
-            "adit_exchanges_total{outcome=\"refused\"} 0",
+            "adit_exchanges_total{outcome=\"ok\",dialect=\"adit\",place=\"peer\"} 0",
+            "adit_exchanges_total{outcome=\"refused\",dialect=\"none\",place=\"none\"} 0",
+            "adit_exchange_head_seconds_count{place=\"local\"} 0",
+            "adit_exchange_duration_seconds_bucket{le=\"+Inf\",place=\"peer\"} 0",
             "adit_exchanges_in_flight 0",
             "adit_tunnels 0",
             "adit_upstream_bytes_total{direction=\"from_upstream\"} 0",
@@ -351,15 +476,21 @@ mod tests {
             page.contains("adit_exchanges_in_flight 2\n") && page.contains("adit_tunnels 1\n"),
             "{page}"
         );
-        one.end(Outcome::from(&Cause::TunnelLost));
+        let via = Via {
+            place: Place::Peer,
+            dialect: Dialect::Adit,
+        };
+        one.end(Outcome::from(&Cause::TunnelLost), via, Some(Duration::from_millis(7)));
         drop((other, tunnel));
         metrics.to_upstream(7);
         let page = metrics.render(Counts::default());
         for line in [
             "adit_exchanges_in_flight 0\n",
             "adit_tunnels 0\n",
-            "outcome=\"tunnel_lost\"} 1\n",
-            "outcome=\"downstream_left\"} 1\n",
+            "{outcome=\"tunnel_lost\",dialect=\"adit\",place=\"peer\"} 1\n",
+            "{outcome=\"downstream_left\",dialect=\"none\",place=\"none\"} 1\n",
+            "adit_exchange_head_seconds_bucket{le=\"0.01\",place=\"peer\"} 1\n",
+            "adit_exchange_duration_seconds_count{place=\"none\"} 1\n",
             "direction=\"to_upstream\"} 7\n",
         ] {
             assert!(page.contains(line), "{line} is not in\n{page}");

@@ -1,9 +1,15 @@
-//! What an operator sees: logs, the trace that a request belongs to, and metrics.
+//! What an operator sees: logs, the trace that a request belongs to, its spans, and metrics.
 
+mod export;
 mod logs;
 mod metrics;
+mod spans;
 mod trace;
 
-pub use logs::{LogFormat, LogsError, init_logs, is_filter};
-pub use metrics::{AuthFailure, Direction, FrameDrop, InFlight, Metrics, OpenTunnel, Outcome, Violation};
-pub use trace::continue_trace;
+pub use export::{Traces, TracesError};
+pub use logs::{LogFormat, LogsError, init, is_filter};
+pub use metrics::{
+    AuthFailure, Dialect, Direction, FrameDrop, InFlight, Metrics, OpenTunnel, Outcome, Place, Via, Violation,
+};
+pub use spans::{end_span, fail_span, ingress_span, owner_span, spans_are_taken, upstream_span};
+pub use trace::{carry_trace, continue_trace};
