@@ -176,6 +176,15 @@ async fn is_not_sampled(collector: &Collector, traces: &Traces, home: &Home) {
     assert_eq!((trace, flags, collector.count()), (TRACE, "00", before));
 }
 
+async fn is_answered(relay: std::net::SocketAddr) -> bool {
+    if tokio::net::TcpStream::connect(relay).await.is_err() {
+        return false;
+    }
+    let ask = Request::get("/").header("host", "relay").header("adit-client", "demo");
+    let answer = send(relay, ask.body(full("")).expect("a request")).await;
+    harness::home::whole(answer).await.0 == 200
+}
+
 /// The binary, with nothing but the variables.
 async fn demo(collector: &Collector, variables: &[(&str, &str)]) -> (usize, String) {
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|bound| bound.local_addr());
@@ -185,16 +194,12 @@ async fn demo(collector: &Collector, variables: &[(&str, &str)]) -> (usize, Stri
     command.envs(variables.iter().copied()).kill_on_drop(true);
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     let demo = command.spawn().expect("the binary runs");
-    let reached = async {
-        while tokio::net::TcpStream::connect(listen).await.is_err() {
+    within("it answers", async {
+        while !is_answered(listen).await {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
-    };
-    within("it listens", reached).await;
-    let ask = Request::get("/").header("host", "relay").header("adit-client", "demo");
-    let answer = within("an answer", send(listen, ask.body(full("")).expect("a request"))).await;
-    assert_eq!(answer.status(), 200);
-    drop(harness::home::whole(answer).await);
+    })
+    .await;
     let pid = demo.id().expect("it runs").to_string();
     std::process::Command::new("kill")
         .args(["-TERM", &pid])

@@ -72,15 +72,18 @@ impl Collector {
         found()
     }
 
-    /// Whose spans came, in the order of their coming.
+    /// Whose spans of requests that were answered came, in the order of their coming.
     pub fn services(&self) -> Vec<String> {
         let spans = self.spans.lock().expect("no panic");
-        spans.iter().map(|span| span.service.clone()).collect()
+        let answered = spans
+            .iter()
+            .filter(|span| span.is("http.response.status_code") == "200");
+        answered.map(|span| span.service.clone()).collect()
     }
 
-    /// How many came.
+    /// How many of those came.
     pub fn count(&self) -> usize {
-        self.spans.lock().expect("no panic").len()
+        self.services().len()
     }
 }
 
