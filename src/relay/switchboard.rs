@@ -24,7 +24,7 @@ use crate::{
         table::Exchanges,
     },
     ids::{ClientId, NodeId, TunnelId},
-    telemetry::Metrics,
+    telemetry::{Metrics, RegistryMeter},
     wire::frame::{Code, Frame},
 };
 
@@ -42,6 +42,10 @@ pub trait Directory: Send + Sync {
     fn forget(&self, tunnel_ws_id: TunnelId);
     /// What is remembered of this client is to be asked for again.
     fn heard_of_change(&self, client_id: &ClientId);
+    /// What it counts of itself.
+    fn meter(&self) -> RegistryMeter {
+        RegistryMeter::default()
+    }
 }
 
 impl Directory for Registry {
@@ -59,6 +63,10 @@ impl Directory for Registry {
 
     fn heard_of_change(&self, client_id: &ClientId) {
         self.heard_of_change(client_id);
+    }
+
+    fn meter(&self) -> RegistryMeter {
+        self.meter()
     }
 }
 
@@ -93,7 +101,7 @@ impl Switchboard {
             tunnels: Tunnels::new(peers.clone(), clock),
             exchanges: Arc::new(exchanges),
             peers,
-            metrics: Arc::new(Metrics::new()),
+            metrics: Arc::new(Metrics::new(&directory.meter())),
             fanout: Arc::default(),
             directory,
             config,

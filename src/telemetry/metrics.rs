@@ -13,6 +13,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use super::registry_meter::RegistryMeter;
 use crate::{cluster::bus::Counts, error::Cause};
 
 macro_rules! label {
@@ -218,27 +219,49 @@ pub struct Metrics {
     auth_failures: Family<AuthFailure, Counter>,
     exchanges_moved: Counter,
     frames_dropped: Family<FrameDrop, Counter>,
-    bus: BusCounters,
+    seen: SeenMetrics,
 }
 
-/// What the bus counts itself; taken over when the page is made.
+/// What a node is asked for when the page is made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Seen {
+    /// What the bus counts itself.
+    pub bus: Counts,
+    /// Whether the bus carries.
+    pub bus_up: bool,
+    /// Whether the database was away when it was last needed.
+    pub registry_away: bool,
+    /// Whether the node is leaving.
+    pub draining: bool,
+}
+
 #[derive(Debug, Default)]
-struct BusCounters {
+struct SeenMetrics {
     published: Counter,
     received: Counter,
     dropped: Counter,
     interrupted: Counter,
+    bus_up: Gauge,
+    registry_away: Gauge,
+    draining: Gauge,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
-        Self::new()
+impl SeenMetrics {
+    fn set(&self, seen: Seen) {
+        let set = |counter: &Counter, value| counter.inner().store(value, Ordering::Relaxed);
+        set(&self.published, seen.bus.published);
+        set(&self.received, seen.bus.received);
+        set(&self.dropped, seen.bus.dropped);
+        set(&self.interrupted, seen.bus.interrupted);
+        self.bus_up.set(i64::from(seen.bus_up));
+        self.registry_away.set(i64::from(seen.registry_away));
+        self.draining.set(i64::from(seen.draining));
     }
 }
 
 impl Metrics {
     /// All at zero, and all there: a series that begins at its first event has no rate for it.
-    pub fn new() -> Self {
+    pub fn new(meter: &RegistryMeter) -> Self {
         let bytes = Family::<Direction, Counter>::default();
         let mut metrics = Self {
             registry: Registry::with_prefix("adit"),
@@ -253,65 +276,102 @@ impl Metrics {
             auth_failures: zeros(AuthFailure::ALL),
             exchanges_moved: Counter::default(),
             frames_dropped: zeros(FrameDrop::ALL),
-            bus: BusCounters::default(),
+            seen: SeenMetrics::default(),
         };
-        metrics.register(bytes);
+        metrics.register_requests(bytes);
+        metrics.register_tunnels();
+        metrics.register_bus();
+        metrics.register_registry(meter);
         metrics
     }
 
-    fn register(&mut self, bytes: Family<Direction, Counter>) {
+    fn register_requests(&mut self, bytes: Family<Direction, Counter>) {
         let registry = &mut self.registry;
         let version = vec![("version", env!("CARGO_PKG_VERSION"))];
         registry.register("build", "The version that runs", Info::new(version));
-        registry.register("exchanges", "Requests that ended, by how", self.exchanges.clone());
+        let draining = self.seen.draining.clone();
+        registry.register("draining", "Whether this node is leaving", draining);
+        registry.register(
+            "exchanges",
+            "Requests that ended, by how, and by what tunnel",
+            self.exchanges.clone(),
+        );
+        registry.register(
+            "exchanges_in_flight",
+            "Requests that this node holds the downstream of",
+            self.exchanges_in_flight.clone(),
+        );
         registry.register_with_unit(
             "exchange_head",
-            "From a request's head to its answer's",
+            "From the head of a request to that of its answer",
             Unit::Seconds,
             self.heads.clone(),
         );
         registry.register_with_unit(
             "exchange_duration",
-            "From a request's head to the end of its answer",
+            "From the head of a request to the end of its answer",
             Unit::Seconds,
             self.durations.clone(),
         );
-        let in_flight = self.exchanges_in_flight.clone();
-        registry.register(
-            "exchanges_in_flight",
-            "Requests that this node holds the downstream of",
-            in_flight,
-        );
-        registry.register("tunnels", "Tunnels that this node holds", self.tunnels.clone());
         registry.register_with_unit("upstream", "Body bytes relayed", Unit::Bytes, bytes);
-        let violations = self.violations.clone();
+        registry.register("auth_failures", "Failed authentications", self.auth_failures.clone());
+    }
+
+    fn register_tunnels(&mut self) {
+        let registry = &mut self.registry;
+        registry.register("tunnels", "Tunnels that this node holds", self.tunnels.clone());
         registry.register(
             "protocol_violations",
             "Tunnels closed for what the agent sent",
-            violations,
-        );
-        registry.register("auth_failures", "Failed authentications", self.auth_failures.clone());
-        let moved = self.exchanges_moved.clone();
-        registry.register(
-            "bus_published",
-            "Messages sent to other nodes",
-            self.bus.published.clone(),
-        );
-        registry.register("bus_received", "Messages of other nodes", self.bus.received.clone());
-        let dropped = self.bus.dropped.clone();
-        registry.register("bus_dropped", "Messages not sent: the bus was away or full", dropped);
-        let interrupted = self.bus.interrupted.clone();
-        registry.register(
-            "bus_interruptions",
-            "Times that messages may have been missed",
-            interrupted,
+            self.violations.clone(),
         );
         registry.register(
             "exchanges_moved",
             "Times an exchange went on through another tunnel",
-            moved,
+            self.exchanges_moved.clone(),
         );
         registry.register("frames_dropped", "Frames that led nowhere", self.frames_dropped.clone());
+    }
+
+    fn register_bus(&mut self) {
+        let (registry, seen) = (&mut self.registry, &self.seen);
+        registry.register("bus_up", "Whether the bus carries messages", seen.bus_up.clone());
+        registry.register("bus_published", "Messages sent to other nodes", seen.published.clone());
+        registry.register("bus_received", "Messages of other nodes", seen.received.clone());
+        registry.register(
+            "bus_dropped",
+            "Messages not sent: the bus was away or full",
+            seen.dropped.clone(),
+        );
+        registry.register(
+            "bus_interruptions",
+            "Times that messages may have been missed, each connect being one",
+            seen.interrupted.clone(),
+        );
+    }
+
+    fn register_registry(&mut self, meter: &RegistryMeter) {
+        let registry = &mut self.registry;
+        registry.register(
+            "registry_away",
+            "Whether the database was away when it was last needed",
+            self.seen.registry_away.clone(),
+        );
+        registry.register_with_unit(
+            "registry_statement",
+            "What the database took to answer",
+            Unit::Seconds,
+            meter.statements.clone(),
+        );
+        let errors = meter.errors.clone();
+        registry.register("registry_errors", "Statements that the database failed", errors);
+        let lookups = meter.lookups.clone();
+        registry.register("registry_lookups", "Look-ups of clients, tunnels, signatures", lookups);
+        registry.register(
+            "registry_misses",
+            "Look-ups that memory could not answer",
+            meter.misses.clone(),
+        );
     }
 
     /// Counts an exchange in, until what it returns is ended or dropped.
@@ -364,12 +424,8 @@ impl Metrics {
     }
 
     /// All of it as OpenMetrics text (`application/openmetrics-text; version=1.0.0; charset=utf-8`).
-    pub fn render(&self, bus: Counts) -> String {
-        let set = |counter: &Counter, value| counter.inner().store(value, Ordering::Relaxed);
-        set(&self.bus.published, bus.published);
-        set(&self.bus.received, bus.received);
-        set(&self.bus.dropped, bus.dropped);
-        set(&self.bus.interrupted, bus.interrupted);
+    pub fn render(&self, seen: Seen) -> String {
+        self.seen.set(seen);
         let mut page = String::new();
         text::encode(&mut page, &self.registry).expect("writing to a String does not fail");
         page
@@ -447,7 +503,13 @@ mod tests {
 
     #[test]
     fn a_page_has_every_series_from_the_start() {
-        let page = Metrics::new().render(Counts::default());
+        let meter = RegistryMeter::default();
+        meter.asked(Duration::from_millis(2), true);
+        let seen = Seen {
+            draining: true,
+            ..Seen::default()
+        };
+        let page = Metrics::new(&meter).render(seen);
         for line in [
             "adit_build_info{version=\"0.1.0\"} 1",
             "adit_exchanges_total{outcome=\"ok\",dialect=\"adit\",place=\"peer\"} 0",
@@ -460,6 +522,12 @@ mod tests {
             "adit_protocol_violations_total{kind=\"foreign\"} 0",
             "adit_auth_failures_total{who=\"admin\"} 0",
             "adit_exchanges_moved_total 0",
+            "adit_draining 1",
+            "adit_bus_up 0",
+            "adit_registry_statement_seconds_bucket{le=\"0.0025\"} 1",
+            "adit_registry_errors_total 1",
+            "adit_registry_lookups_total 0",
+            "adit_registry_misses_total 0",
             "adit_frames_dropped_total{reason=\"superseded\"} 0",
         ] {
             assert!(page.lines().any(|found| found == line), "{line} is not in\n{page}");
@@ -469,9 +537,9 @@ mod tests {
 
     #[test]
     fn what_is_counted_in_is_counted_out() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::new(&RegistryMeter::default());
         let (one, other, tunnel) = (metrics.exchange(), metrics.exchange(), metrics.tunnel());
-        let page = metrics.render(Counts::default());
+        let page = metrics.render(Seen::default());
         assert!(
             page.contains("adit_exchanges_in_flight 2\n") && page.contains("adit_tunnels 1\n"),
             "{page}"
@@ -483,7 +551,7 @@ mod tests {
         one.end(Outcome::from(&Cause::TunnelLost), via, Some(Duration::from_millis(7)));
         drop((other, tunnel));
         metrics.to_upstream(7);
-        let page = metrics.render(Counts::default());
+        let page = metrics.render(Seen::default());
         for line in [
             "adit_exchanges_in_flight 0\n",
             "adit_tunnels 0\n",
