@@ -180,9 +180,63 @@ async fn is_answered(relay: std::net::SocketAddr) -> bool {
     if tokio::net::TcpStream::connect(relay).await.is_err() {
         return false;
     }
-    let ask = Request::get("/").header("host", "relay").header("adit-client", "demo");
+    let ask = Request::get("/?key=secret")
+        .header("host", "relay")
+        .header("adit-client", "demo");
     let answer = send(relay, ask.body(full("")).expect("a request")).await;
     harness::home::whole(answer).await.0 == 200
+}
+
+#[tokio::test]
+async fn how_long_it_took_is_said_to_whoever_asks() {
+    let home = Home::start().await;
+    for (asked, said) in [(Some("1"), true), (Some("0"), false), (None, false)] {
+        let headers: Vec<_> = asked.iter().map(|asked| ("adit-server-timing", *asked)).collect();
+        let answer = home.send(request("/", &headers));
+        let call = home.calls.next().await;
+        assert!(!call.head.headers.contains_key("adit-server-timing"));
+        let response = http::Response::builder().header("server-timing", "db;dur=1");
+        call.answer(response.body(full("")).expect("a response"));
+        let answer = within("an answer", answer).await.expect("no panic");
+        let timing: Vec<_> = answer.headers().get_all("server-timing").iter().collect();
+        assert_eq!(timing[0], "db;dur=1");
+        let ours = timing.get(1).map(|ours| ours.to_str().expect("text"));
+        let is_ours = |text: &str| text.starts_with("total;dur=") && text.contains(", tunnel;dur=");
+        assert_eq!(ours.is_some_and(is_ours), said, "{ours:?}");
+    }
+    home.relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_is_a_line_of_json() {
+    let collector = Collector::start().await;
+    let (_, log) = demo(&collector, &[("ADIT_LOG", "adit::access=info")]).await;
+    let lines = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let line = lines.filter(|line| line["status"] == 200).last().expect(&log);
+    for (field, value) in [
+        ("client.id", "demo"),
+        ("method", "GET"),
+        ("path", "/"),
+        ("outcome", "ok"),
+        ("tunnel.place", "local"),
+        ("tunnel.dialect", "adit"),
+        ("target", "adit::access"),
+    ] {
+        assert_eq!(line[field], value, "{field} of {line}");
+    }
+    for field in ["request.id", "tunnel.id", "node.id"] {
+        assert!(
+            line[field].as_str().is_some_and(|id| id.len() > 20),
+            "{field} of {line}"
+        );
+    }
+    assert!(
+        line["bytes"].as_u64() > Some(0) && line["duration_ms"].is_u64(),
+        "{line}"
+    );
+    assert!(!log.contains("secret"), "{log}");
 }
 
 /// The binary, with nothing but the variables.

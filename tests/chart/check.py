@@ -416,7 +416,12 @@ def configuration(it):
         for container in containers(spec):
             for variable in container.get("env", []):
                 if container["name"] == "relay" and variable not in it.values["extraEnv"]:
-                    assert variable["name"] in known, variable["name"]
+                    assert variable["name"] in known or variable["name"].startswith("OTEL_"), variable["name"]
+        environment = {v["name"]: v.get("value") for c in containers(spec) if c["name"] == "relay" for v in c.get("env", [])}
+        traces = it.values["traces"]
+        if environment:
+            assert environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "") == traces["endpoint"], where
+            assert not traces["endpoint"] or environment["OTEL_TRACES_SAMPLER"] == traces["sampler"], where
 
 
 @everywhere
@@ -474,7 +479,7 @@ BAD = [
     {"service": {"type": "ExternalName"}}, {"service": {"port": 0}}, {"service": {"port": 65536}}, {"ingress": {"hosts": ["A_b"]}},
     {"ingress": {"annotations": {"a": 1}}}, {"podLabels": {"a": {"b": "c"}}}, {"bindAddress": "localhost"}, {"preStopSeconds": -1},
     {"podDisruptionBudget": {"maxUnavailable": 0}}, {"podDisruptionBudget": {"maxUnavailable": "100%%"}},
-    {"extraEnv": [{"value": "x"}]}, {"fullnameOverride": "Upper"}, {"fullnameOverride": "x" * 45}, {"resources": {"limits": {"memroy": "1Gi"}}},
+    {"extraEnv": [{"value": "x"}]}, {"traces": {"endpoint": "collector:4318"}}, {"traces": {"protocol": "http/json"}}, {"traces": {"sampler": "some"}}, {"fullnameOverride": "Upper"}, {"fullnameOverride": "x" * 45}, {"resources": {"limits": {"memroy": "1Gi"}}},
 ]
 
 
