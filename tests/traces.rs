@@ -67,6 +67,8 @@ async fn a_request_is_one_trace_from_its_downstream_to_its_upstream() {
     fails(&collector, &traces, &home).await;
     is_not_sampled(&collector, &traces, &home).await;
     home.relay.stop().await;
+    traces.flush().await;
+    until("the spans of both tunnels come", || collector.tunnels() == 2).await;
 }
 
 async fn goes_on(collector: &Collector, traces: &Traces, home: &Home) {
@@ -211,10 +213,10 @@ async fn how_long_it_took_is_said_to_whoever_asks() {
 async fn a_request_is_a_line_of_json() {
     let collector = Collector::start().await;
     let (_, log) = demo(&collector, &[("ADIT_LOG", "adit::access=info")]).await;
-    let lines = log
+    let mut lines = log
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let line = lines.filter(|line| line["status"] == 200).last().expect(&log);
+    let line = lines.rfind(|line| line["status"] == 200).expect(&log);
     for (field, value) in [
         ("client.id", "demo"),
         ("method", "GET"),

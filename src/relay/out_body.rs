@@ -263,7 +263,11 @@ impl Record {
     fn count(&mut self) {
         let metrics = &self.state.board.metrics;
         metrics.from_upstream(self.bytes);
-        metrics.to_upstream(self.exchange.as_ref().map_or(0, |exchange| exchange.body_sent()));
+        if let Some(exchange) = &self.exchange {
+            metrics.to_upstream(exchange.body_sent());
+            let (resent, stalls) = exchange.troubles();
+            metrics.troubles(resent, stalls);
+        }
         let head_after = self.times.answered.map(|answered| answered - self.times.started);
         if let Some(in_flight) = self.in_flight.take() {
             in_flight.end(self.outcome, self.via, head_after);

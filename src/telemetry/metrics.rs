@@ -215,6 +215,8 @@ pub struct Metrics {
     tunnels: Gauge,
     to_upstream: Counter,
     from_upstream: Counter,
+    resent: Counter,
+    stalls: Counter,
     violations: Family<Violation, Counter>,
     auth_failures: Family<AuthFailure, Counter>,
     exchanges_moved: Counter,
@@ -272,6 +274,8 @@ impl Metrics {
             tunnels: Gauge::default(),
             to_upstream: bytes.get_or_create_owned(&Direction::ToUpstream),
             from_upstream: bytes.get_or_create_owned(&Direction::FromUpstream),
+            resent: Counter::default(),
+            stalls: Counter::default(),
             violations: zeros(Violation::ALL),
             auth_failures: zeros(AuthFailure::ALL),
             exchanges_moved: Counter::default(),
@@ -329,6 +333,17 @@ impl Metrics {
             "exchanges_moved",
             "Times an exchange went on through another tunnel",
             self.exchanges_moved.clone(),
+        );
+        registry.register_with_unit(
+            "resent",
+            "Bytes of requests that went toward upstreams again",
+            Unit::Bytes,
+            self.resent.clone(),
+        );
+        registry.register(
+            "credit_stalls",
+            "Times a request body waited for its upstream to take more",
+            self.stalls.clone(),
         );
         registry.register("frames_dropped", "Frames that led nowhere", self.frames_dropped.clone());
     }
@@ -396,6 +411,12 @@ impl Metrics {
     /// Body bytes of requests that went toward upstreams.
     pub fn to_upstream(&self, bytes: u64) {
         self.to_upstream.inc_by(bytes);
+    }
+
+    /// Of a request that ended: bytes that went again, and how often its body waited for credit.
+    pub fn troubles(&self, resent: u64, stalls: u64) {
+        self.resent.inc_by(resent);
+        self.stalls.inc_by(stalls);
     }
 
     /// Body bytes of responses that came from upstreams.

@@ -13,5 +13,5 @@ pub use metrics::{
     AuthFailure, Dialect, Direction, FrameDrop, InFlight, Metrics, OpenTunnel, Outcome, Place, Seen, Via, Violation,
 };
 pub use registry_meter::RegistryMeter;
-pub use spans::{end_span, fail_span, ingress_span, owner_span, spans_are_taken, upstream_span};
+pub use spans::{end_span, fail_span, ingress_span, owner_span, spans_are_taken, tunnel_span, upstream_span};
 pub use trace::{carry_trace, continue_trace};

@@ -50,6 +50,22 @@ pub fn ingress_span(
     span
 }
 
+/// A tunnel at the node that holds it, from the agent's hello to its end: a trace of its own. The requests that go by it
+/// name it as `tunnel.id`.
+pub fn tunnel_span(node_id: NodeId, client_id: &ClientId, tunnel_id: TunnelId, dialect: &str) -> Span {
+    tracing::info_span!(
+        target: SPANS,
+        parent: None,
+        "tunnel",
+        otel.kind = "server",
+        client.id = client_id.as_str(),
+        tunnel.id = %tunnel_id,
+        adit.node.id = %node_id,
+        adit.tunnel.dialect = dialect,
+        adit.tunnel.end = Empty,
+    )
+}
+
 /// A request on its way through the node that holds its tunnel. Nothing if it is of no trace.
 pub fn owner_span(node_id: NodeId, tunnel_id: TunnelId, request_id: RequestId, headers: &HeaderMap) -> Option<Span> {
     let parent = trace::context_of(headers)?;

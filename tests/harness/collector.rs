@@ -85,6 +85,12 @@ impl Collector {
     pub fn count(&self) -> usize {
         self.services().len()
     }
+
+    /// How many tunnels' spans came.
+    pub fn tunnels(&self) -> usize {
+        let spans = self.spans.lock().expect("no panic");
+        spans.iter().filter(|span| span.name == "tunnel").count()
+    }
 }
 
 async fn take(spans: Arc<Mutex<Vec<Span>>>, request: Request<Incoming>) -> Response<AnyBody> {
