@@ -50,7 +50,7 @@
 //! | [`wire::moosicbox`] | the other dialect that a tunnel may speak: what MoosicBox servers and their apps say |
 //! | [`cluster`] | what nodes share: the registry (who holds what, who may do what) and the bus between them |
 //! | [`config`] | what an operator may set |
-//! | [`telemetry`] | what an operator sees: logs, metrics, trace context |
+//! | [`telemetry`] | what an operator sees: logs, metrics, and traces through all of a request's path |
 //! | [`error`] | every error answer, and its status |
 //! | [`secret`], [`ids`], [`shutdown`] | values that all of them use |
 //! | [`cli`] | arguments, laid over the configuration, start the library |

@@ -5,7 +5,7 @@ use std::{process::ExitCode, time::Duration};
 use adit::{
     cli::{Cli, Plan},
     config::LogConfig,
-    telemetry::init_logs,
+    telemetry::{self, Traces},
 };
 use clap::Parser;
 
@@ -28,12 +28,22 @@ fn main() -> ExitCode {
 }
 
 fn run(log: &LogConfig, plan: Plan) -> anyhow::Result<()> {
-    init_logs(log.format, &log.filter)?;
     // Named, so that a dependency that brings another TLS provider cannot make the choice ambiguous, which panics.
     // An error means that one is installed already, which is as good.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(plan.run());
+    let traces = {
+        let _inside = runtime.enter(); // where the collector is called from
+        plan.service().map(Traces::from_env).transpose()?.flatten()
+    };
+    telemetry::init(log.format, &log.filter, traces.as_ref())?;
+    let ended = runtime.block_on(async {
+        let ended = plan.run().await;
+        if let Some(traces) = traces {
+            traces.end().await;
+        }
+        ended
+    });
     runtime.shutdown_timeout(LINGER);
     ended
 }

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     exchange::{Exchange, host::serve, hosting::Service},
+    ids::ClientId,
     wire::fields,
 };
 
@@ -18,6 +19,7 @@ pub(super) const MAX_EXCHANGES: usize = 16 * 1024;
 
 /// Serves exchanges from the upstream.
 pub(super) struct Upstream {
+    client_id: ClientId,
     caller: Caller,
     listener: Listener,
 }
@@ -26,8 +28,12 @@ pub(super) struct Upstream {
 pub(super) type Host = crate::exchange::hosting::Host<Upstream>;
 
 impl Upstream {
-    pub fn new(caller: Caller, listener: Listener) -> Self {
-        Self { caller, listener }
+    pub fn new(client_id: ClientId, caller: Caller, listener: Listener) -> Self {
+        Self {
+            client_id,
+            caller,
+            listener,
+        }
     }
 
     pub fn tell(&self, event: Event) {
@@ -37,12 +43,12 @@ impl Upstream {
 
 impl Service for Upstream {
     async fn serve(&self, exchange: Arc<Exchange>) {
-        let record = Record::default();
+        let (record, id) = (Record::default(), exchange.id);
         let summary = serve(
             exchange,
             fields::keep_trailers as fn(&mut HeaderMap),
-            |head, body, interim| {
-                record.begin(&head);
+            |mut head, body, interim| {
+                record.begin(&self.client_id, id, self.caller.upstream(), &mut head);
                 self.caller.call(head, body, interim, &record)
             },
         )

@@ -190,7 +190,7 @@ impl Agent {
         };
         let host = Arc::new(host::Host::new(
             owner,
-            host::Upstream::new(self.caller, Arc::new(on_event)),
+            host::Upstream::new(self.config.client_id.clone(), self.caller, Arc::new(on_event)),
             host::MAX_EXCHANGES,
         ));
         let dialer = Arc::new(dial::Dialer::new(&self.config, self.tls, host.owner().instance_id));

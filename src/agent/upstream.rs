@@ -28,10 +28,14 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
+use tracing::Span;
+
 use super::{AgentError, Config, Event};
 use crate::config::{HostHeader, UpstreamUrl};
 use crate::{
     exchange::host::{Interim, RequestBody, Served, Summary},
+    ids::{ClientId, RequestId},
+    telemetry,
     wire::{
         fields,
         frame::Code,
@@ -56,6 +60,8 @@ pub(super) type Answered = Served<Counted, TokioIo<Upgraded>>;
 /// Calls one upstream, keeping connections to it.
 pub(super) struct Caller {
     upstream: UpstreamUrl,
+    /// The same, as traces name it.
+    name: Box<str>,
     host: Option<HeaderValue>,
     http1: Http,
     http2: Http,
@@ -87,11 +93,17 @@ impl Caller {
             .http2_only(true)
             .build(connector().enable_http2().wrap_connector(dial));
         Ok(Self {
+            name: upstream.authority().host().into(),
             upstream,
             host,
             http1,
             http2,
         })
+    }
+
+    /// Whom it calls.
+    pub fn upstream(&self) -> &str {
+        &self.name
     }
 
     /// Sends a request and returns the head of its response, with the body to come.
@@ -359,6 +371,8 @@ pub(super) struct Record {
     request: OnceLock<(Method, Bytes)>,
     started: Instant,
     bytes: Arc<AtomicU64>,
+    /// It, for whoever follows traces; the parent of what the upstream makes of it.
+    span: OnceLock<Span>,
 }
 
 impl Default for Record {
@@ -367,16 +381,26 @@ impl Default for Record {
             request: OnceLock::new(),
             started: Instant::now(),
             bytes: Arc::default(),
+            span: OnceLock::new(),
         }
     }
 }
 
 impl Record {
-    pub fn begin(&self, head: &RequestHead) {
+    pub fn begin(&self, client_id: &ClientId, id: RequestId, upstream: &str, head: &mut RequestHead) {
         self.request.get_or_init(|| (head.method.clone(), head.target.clone()));
+        let request = (&head.method, &head.target[..]);
+        let span = telemetry::upstream_span(client_id, id, upstream, request, &head.headers);
+        telemetry::carry_trace(&mut head.headers, &span);
+        self.span.get_or_init(|| span);
     }
 
     pub fn event(self, summary: Summary) -> Option<Event> {
+        if let Some(span) = self.span.get() {
+            let error = summary.broken.map(|code| format!("{code:?}"));
+            let bytes = self.bytes.load(Ordering::Relaxed);
+            telemetry::end_span(span, summary.status, bytes, error.as_deref());
+        }
         let (method, target) = self.request.into_inner()?;
         Some(Event::Request {
             method,

@@ -140,6 +140,16 @@ impl Cli {
 }
 
 impl Plan {
+    /// What it is called in traces, if it serves requests; `OTEL_SERVICE_NAME` replaces it.
+    pub fn service(&self) -> Option<&'static str> {
+        match self {
+            Self::Serve(_) => Some("adit-relay"),
+            Self::Agent(_) => Some("adit-agent"),
+            Self::Demo(..) => Some("adit-demo"),
+            _ => None,
+        }
+    }
+
     /// Runs it to its end, or until a signal ends it. Inside a tokio runtime.
     pub async fn run(self) -> anyhow::Result<()> {
         match self {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::store::StoreError;
-use crate::ids::ClientId;
+use crate::{ids::ClientId, telemetry::RegistryMeter};
 
 /// Entries of either kind, known and unknown names alike; about 1 KiB each at most, so some 10 MiB.
 const ENTRIES: u64 = 10_000;
@@ -49,10 +49,11 @@ pub(super) struct Cache<K, V> {
     last_known: moka::sync::Cache<K, Stamped<V>>,
     generations: Box<[AtomicU64]>,
     hasher: RandomState,
+    meter: RegistryMeter,
 }
 
 impl<K: OfClient, V: Clone + Send + Sync + 'static> Cache<K, V> {
-    pub fn new(fresh_for: Duration) -> Self {
+    pub fn new(fresh_for: Duration, meter: RegistryMeter) -> Self {
         Self {
             fresh: moka::future::Cache::builder()
                 .max_capacity(ENTRIES)
@@ -64,6 +65,7 @@ impl<K: OfClient, V: Clone + Send + Sync + 'static> Cache<K, V> {
                 .build(),
             generations: (0..GENERATIONS).map(|_| AtomicU64::new(0)).collect(),
             hasher: RandomState::new(),
+            meter,
         }
     }
 
@@ -74,6 +76,7 @@ impl<K: OfClient, V: Clone + Send + Sync + 'static> Cache<K, V> {
         F: Fn() -> Fut,
         Fut: Future<Output = Result<V, StoreError>>,
     {
+        self.meter.looked_up();
         loop {
             let found = self.fresh.try_get_with_by_ref(key, self.refresh(key, &load)).await?;
             if found.generation == self.generation(key.client_id()).load(Ordering::Acquire) {
@@ -98,6 +101,7 @@ impl<K: OfClient, V: Clone + Send + Sync + 'static> Cache<K, V> {
         F: Fn() -> Fut,
         Fut: Future<Output = Result<V, StoreError>>,
     {
+        self.meter.missed();
         // Read before the database is: a change during the read makes this answer void.
         let generation = self.generation(key.client_id()).load(Ordering::Acquire);
         let known = self.last_known.get(key).filter(|known| known.generation == generation);
@@ -146,7 +150,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_fresh_answer_is_not_asked_for_again_until_it_is_forgotten() {
-        let cache = Cache::new(FRESH_FOR);
+        let cache = Cache::new(FRESH_FOR, RegistryMeter::default());
         let asked = AtomicU32::new(0);
         let ask = || async { Ok(asked.fetch_add(1, Ordering::Relaxed)) };
         assert_eq!(cache.get(&home(), &ask).await.expect("loaded"), 0);
@@ -159,7 +163,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stale_answer_stands_in_for_the_database_but_a_forgotten_one_does_not() {
-        let cache = Cache::new(FRESH_FOR);
+        let cache = Cache::new(FRESH_FOR, RegistryMeter::default());
         cache.get(&home(), || async { Ok(7) }).await.expect("loaded");
         cache.expire(&home()).await;
         assert_eq!(cache.get(&home(), down).await.expect("stale"), 7);
@@ -169,7 +173,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_look_up_under_way_does_not_bring_back_what_was_forgotten() {
-        let cache = Cache::new(FRESH_FOR);
+        let cache = Cache::new(FRESH_FOR, RegistryMeter::default());
         let (reading, go_on) = (Notify::new(), Notify::new());
         let answer = AtomicU32::new(1);
         let slow = || async {
@@ -193,7 +197,7 @@ mod tests {
 
     #[tokio::test]
     async fn concurrent_misses_share_one_question() {
-        let cache = Cache::new(FRESH_FOR);
+        let cache = Cache::new(FRESH_FOR, RegistryMeter::default());
         let asked = AtomicU32::new(0);
         let ask = || async {
             asked.fetch_add(1, Ordering::Relaxed);

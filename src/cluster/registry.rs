@@ -29,6 +29,7 @@ use super::{
 use crate::{
     ids::{ClientId, NodeId, TokenId},
     secret::Secret,
+    telemetry::RegistryMeter,
 };
 
 /// How long a signature is good: 14 days, what MoosicBox's apps count on.
@@ -96,12 +97,13 @@ impl Registry {
 
     /// Like [`Registry::new`], asking the database again about what is older than this: zero means every time.
     pub fn with_freshness(store: Store, node: Node, fresh_for: Duration) -> Self {
+        let meter = store.meter();
         Self {
-            store,
             presence: Presence::new(node),
-            clients: Cache::new(fresh_for),
-            signatures: Cache::new(fresh_for),
-            holders: Cache::new(fresh_for.min(HOLDERS_FRESH_FOR)),
+            clients: Cache::new(fresh_for, meter.clone()),
+            signatures: Cache::new(fresh_for, meter.clone()),
+            holders: Cache::new(fresh_for.min(HOLDERS_FRESH_FOR), meter.clone()),
+            store,
             admin_token: OnceLock::new(),
             events_tx: broadcast::Sender::new(EVENTS),
         }
@@ -110,6 +112,11 @@ impl Registry {
     /// This node's id.
     pub fn node_id(&self) -> NodeId {
         self.presence.node().node_id
+    }
+
+    /// What asking it costs.
+    pub fn meter(&self) -> RegistryMeter {
+        self.store.meter().clone()
     }
 
     /// The client of this name, if there is one. At most 10 s old while the database answers, and at most an hour while

@@ -25,7 +25,9 @@ pub use migrate::SchemaVersion;
 pub use nodes::NodeRow;
 pub use tokens::TokenRow;
 
+use crate::telemetry::RegistryMeter;
 use dialect::Dialect;
+use session::Bounds;
 
 /// Why the store did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +68,7 @@ impl From<sqlx::Error> for StoreError {
 pub struct Store {
     pool: AnyPool,
     dialect: Dialect,
-    /// What any one statement may take.
-    patience: Duration,
+    bounds: Bounds,
 }
 
 impl Store {
@@ -77,7 +78,7 @@ impl Store {
         let store = Store {
             pool,
             dialect,
-            patience: session::PATIENCE,
+            bounds: Bounds::default(),
         };
         store.migrate().await?;
         Ok(store)
@@ -85,7 +86,16 @@ impl Store {
 
     /// The same database, given up on after another time than five seconds a statement.
     pub fn with_patience(self, patience: Duration) -> Store {
-        Store { patience, ..self }
+        let bounds = Bounds {
+            patience,
+            ..self.bounds
+        };
+        Store { bounds, ..self }
+    }
+
+    /// What asking it costs.
+    pub fn meter(&self) -> &RegistryMeter {
+        &self.bounds.meter
     }
 
     /// Waits for what is under way and closes the database; everything after this fails.

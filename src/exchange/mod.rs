@@ -98,6 +98,8 @@ struct State {
     tx: Sender,
     rx: Receiver,
     path: Option<Held>,
+    /// How often the writer waited for credit.
+    stalls: u64,
     /// Since when there is no path.
     cut_at: Option<Duration>,
     /// Whether the path's queues hold it.
@@ -213,6 +215,7 @@ impl Exchange {
         if state.tx.capacity() > 0 {
             return Poll::Ready(Ok(()));
         }
+        state.stalls += u64::from(state.writer.is_none());
         state.writer = Some(cx.waker().clone());
         Poll::Pending
     }
@@ -232,6 +235,12 @@ impl Exchange {
     /// Body bytes written to the outgoing stream so far.
     pub fn body_sent(&self) -> u64 {
         self.body_sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the outgoing stream that went again, and how often its writer waited for credit.
+    pub fn troubles(&self) -> (u64, u64) {
+        let state = self.state();
+        (state.tx.resent(), state.stalls)
     }
 
     /// Ends the outgoing stream, with the next [`flush`](Self::flush).
@@ -633,6 +642,7 @@ impl State {
             tx: Sender::default(),
             rx: Receiver::default(),
             path: None,
+            stalls: 0,
             cut_at: None,
             in_urgent: false,
             in_turns: false,

@@ -22,7 +22,7 @@ use crate::{
         path::{Owner, Path},
     },
     ids::{ClientId, TokenId},
-    telemetry::{AuthFailure, Violation},
+    telemetry::{self, AuthFailure, Dialect, Violation},
     wire::{
         frame::{Frame, FrameError, SUBPROTOCOL},
         hello::{self, AgentHello, RelayHello},
@@ -138,17 +138,10 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
     };
     let path = Path::new(owner, state.board.exchanges.clock());
     let tunnel = Tunnel::here(hello.slot, hello.generation, token_id, path);
-    let limit = state.config.tunnels.max_tunnels_per_client;
-    let joined = match state.board.tunnels.join(tunnel.clone(), limit) {
-        Ok(joined) => joined,
-        Err(Refused::TooMany) => {
-            return tracing::warn!(client.id = %tunnel.path.owner.client_id, "the client holds as many tunnels as it may: refused");
-        }
-        Err(Refused::Old) => {
-            return tracing::info!(client.id = %tunnel.path.owner.client_id, "the agent has dialled again meanwhile: this tunnel is not needed");
-        }
-    };
+    let Some(joined) = join(&state, &tunnel) else { return };
     let _counted = state.board.metrics.tunnel();
+    let (node_id, client_id) = (state.registry.node_id(), &tunnel.path.owner.client_id);
+    let span = telemetry::tunnel_span(node_id, client_id, tunnel.id, Dialect::Adit.as_str());
     begin(&state, &joined, &hello, remote);
     let taker = TunnelTaker::new(state.board.clone(), &tunnel);
     let keep_alive = KeepAlive {
@@ -156,7 +149,26 @@ async fn run(state: Arc<State>, client_id: ClientId, token_id: TokenId, remote: 
         timeout: state.config.tunnels.ping_timeout,
     };
     let end = drive_to_end(socket, &tunnel, &taker, keep_alive).await;
+    span.record("adit.tunnel.end", tracing::field::display(&end));
     finish(&state, joined, &end);
+}
+
+/// Puts the tunnel into the table, or says why it may not be there.
+fn join(state: &State, tunnel: &Arc<Tunnel>) -> Option<Joined> {
+    let (limit, client_id) = (
+        state.config.tunnels.max_tunnels_per_client,
+        &tunnel.path.owner.client_id,
+    );
+    match state.board.tunnels.join(tunnel.clone(), limit) {
+        Ok(joined) => return Some(joined),
+        Err(Refused::TooMany) => {
+            tracing::warn!(client.id = %client_id, "the client holds as many tunnels as it may: refused");
+        }
+        Err(Refused::Old) => {
+            tracing::info!(client.id = %client_id, "the agent has dialled again meanwhile: this tunnel is not needed");
+        }
+    }
+    None
 }
 
 async fn read_hello(socket: &mut FrameSocket<TokioIo<Upgraded>>) -> Result<AgentHello, String> {

@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use tracing::Span;
 
 use super::{fanout::Left, switchboard::Switchboard};
 use crate::{
@@ -15,8 +16,11 @@ use crate::{
     exchange::{NotYours, path::Owner, table::Taken},
     ids::{ClientId, NodeId, TunnelId},
     planted::Bug,
-    telemetry::{FrameDrop, Violation},
-    wire::frame::{Frame, Raw},
+    telemetry::{self, FrameDrop, Violation},
+    wire::{
+        frame::{Frame, Raw},
+        head::{Record, RecordReader},
+    },
 };
 
 /// Takes what comes over the bus, for one node.
@@ -74,12 +78,35 @@ fn to_agent(board: &Switchboard, from: NodeId, client_id: ClientId, id: TunnelId
     let tunnel = board.tunnels.find(&client_id, id);
     match tunnel.filter(|tunnel| tunnel.is_here() && !tunnel.path.is_closed()) {
         Some(tunnel) => {
+            let spans = match telemetry::spans_are_taken() {
+                true => spans_of(board, id, frames.clone()),
+                false => Vec::new(),
+            };
             if !tunnel.path.forward(frames) {
                 board.metrics.frame_dropped(FrameDrop::Full);
+                let full = FrameDrop::Full.as_str();
+                spans.iter().for_each(|span| telemetry::fail_span(span, full));
             }
         }
         None => board.peers.not_mine(from, client_id, id, frames),
     }
+}
+
+/// A span for each request that begins with these frames and is of a trace. Its head tells, and comes whole with the OPEN
+/// that begins it but for one of unusual length, which goes without a span.
+fn spans_of(board: &Switchboard, tunnel_id: TunnelId, mut frames: Bytes) -> Vec<Span> {
+    let mut spans = Vec::new();
+    while let Ok(Some(Raw { opens, mut bytes, .. })) = Frame::split(&mut frames) {
+        let Some(Ok(Some(Frame::Open(id, chunk)))) = opens.then(|| Frame::decode(&mut bytes)) else {
+            continue;
+        };
+        let mut records = RecordReader::default();
+        records.push(chunk.data);
+        if let Ok(Some(Record::Request(head))) = records.next_record() {
+            spans.extend(telemetry::owner_span(board.node_id(), tunnel_id, id, &head.headers));
+        }
+    }
+    spans
 }
 
 /// Frames of an agent, all of one exchange. The node that sends them vouches for the agent; the exchange knows whose it is.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::{HeaderName, Method, Response, Version, request::Parts};
 use http_body::Body;
 use hyper::{body::Incoming, upgrade::OnUpgrade};
+use tracing::Span;
 
 use super::{
     State,
@@ -38,6 +39,8 @@ use crate::{
 const RESPONSE_MODE: HeaderName = HeaderName::from_static("adit-response");
 /// The same, as a query parameter.
 const RESPONSE_MODE_PARAMETER: &str = "responseMode=buffered";
+/// Asks for `Server-Timing` in the answer when it says `1`.
+const TIMING: HeaderName = HeaderName::from_static("adit-server-timing");
 
 /// A request that is let in, as it goes to the upstream.
 pub(super) struct Asked {
@@ -48,6 +51,8 @@ pub(super) struct Asked {
     pub on_upgrade: Option<OnUpgrade>,
     /// The response is wanted whole.
     pub buffered: bool,
+    /// The response shall say how long it took.
+    pub timed: bool,
     /// Once more does no harm, and there is nothing that could not be sent again.
     pub repeatable: bool,
 }
@@ -86,10 +91,14 @@ async fn serve_recorded(
     record: &mut Option<Record>,
 ) -> Result<Response<OutBody>, Cause> {
     let mut request_id = arrival.request_id;
-    let (mut asked, mut body) = ask(state, arrival).await?;
+    let span = record.as_ref().map_or_else(Span::none, |record| record.span.clone());
+    let (mut asked, mut body) = ask(state, arrival, &span).await?;
     let mut not = None;
     loop {
         let tunnel = router::route(&state.board, &asked.client, not.as_ref()).await?;
+        if let Some(record) = record {
+            record.through(&tunnel);
+        }
         let open = state.board.exchanges.open(request_id, &tunnel.path);
         let exchange = open.exchange.clone();
         let called = tokio::select! {
@@ -113,7 +122,7 @@ async fn serve_recorded(
 }
 
 /// Lets the request in, and makes of it what goes to the upstream.
-async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>), Cause> {
+async fn ask(state: &State, arrival: Arrival, span: &Span) -> Result<(Asked, Option<Incoming>), Cause> {
     let Arrival {
         client_id,
         target,
@@ -141,9 +150,10 @@ async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>
     let (client, consumed) =
         authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
     let buffered = wants_it_whole(&parts, &target);
+    let timed = parts.headers.get(TIMING).is_some_and(|asked| asked == "1");
     let path_and_query = strip_credentials(consumed, &mut parts, &target);
     forward::to_upstream(&mut parts.headers, &target, &hop);
-    telemetry::continue_trace(&mut parts.headers);
+    telemetry::continue_trace(&mut parts.headers, span);
     let flags = RequestFlags {
         empty: body.is_end_stream() && !target.websocket,
         upgrade: target.websocket,
@@ -160,6 +170,7 @@ async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>
         connection,
         on_upgrade: parts.extensions.remove::<OnUpgrade>().filter(|_| target.websocket),
         buffered,
+        timed,
         repeatable,
     };
     let body = (!flags.empty && !flags.upgrade).then_some(body);

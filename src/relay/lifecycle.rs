@@ -21,6 +21,7 @@ use crate::{
     cluster::{letter::News, registry::RegistryEvent},
     exchange::table::TICK,
     shutdown::Shutdown,
+    telemetry::Seen,
     wire::Dialect,
 };
 
@@ -149,11 +150,21 @@ async fn serve_admin(state: Arc<State>, socket: tokio::net::TcpListener, close: 
     let admin = admin::Admin {
         registry: state.registry.clone(),
         readiness: Box::new(move || readiness_of(&readiness)),
-        metrics: Box::new(move || metrics.board.metrics.render(metrics.board.peers.bus().counts())),
+        metrics: Box::new(move || metrics.board.metrics.render(seen(&metrics))),
     };
     let served = axum::serve(socket, admin::router(Arc::new(admin)));
     if let Err(error) = served.with_graceful_shutdown(close.cancelled_owned()).await {
         tracing::error!(%error, "the admin listener failed");
+    }
+}
+
+fn seen(state: &State) -> Seen {
+    let bus = state.board.peers.bus();
+    Seen {
+        bus: bus.counts(),
+        bus_up: bus.is_up(),
+        registry_away: state.registry.is_away(),
+        draining: state.is_draining(),
     }
 }
 

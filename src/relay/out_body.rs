@@ -12,14 +12,15 @@ use http::{Method, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use tokio::sync::OwnedSemaphorePermit;
+use tracing::Span;
 
-use super::{State, downstream::handle::ConnHandle, ingress::Arrival, subscribe::Events};
+use super::{State, downstream::handle::ConnHandle, ingress::Arrival, subscribe::Events, tunnels::Tunnel};
 use crate::{
     error::Cause,
     exchange::{Exchange, body::Broken, ingress::AnswerBody},
-    ids::{ClientId, RequestId},
-    telemetry::{InFlight, Outcome},
-    wire::frame::Code,
+    ids::{ClientId, RequestId, TunnelId},
+    telemetry::{self, Dialect, InFlight, Outcome, Place, Via},
+    wire::{self, frame::Code},
 };
 
 /// The body of any answer of the public listener.
@@ -106,8 +107,14 @@ pub struct Record {
     pub path: Box<str>,
     /// The status answered.
     pub status: u16,
-    /// When the request came.
-    pub started: Instant,
+    /// When what of it happened.
+    pub times: Times,
+    /// The tunnel that it was last sent by.
+    pub tunnel_id: Option<TunnelId>,
+    /// What that speaks, and who holds it.
+    pub via: Via,
+    /// It, for whoever follows traces.
+    pub span: Span,
     /// Bytes of the body that went out.
     pub bytes: u64,
     /// The Content-Length: at which the body is whole, whether or not anyone asks for its end.
@@ -132,7 +139,10 @@ impl Record {
             method: arrival.parts.method.clone(),
             path: arrival.target.path().into(),
             status: 0,
-            started: Instant::now(),
+            times: Times::begin(),
+            tunnel_id: None,
+            via: Via::default(),
+            span: span_of(state, arrival),
             bytes: 0,
             declared: None,
             in_flight: Some(state.board.metrics.exchange()),
@@ -141,9 +151,26 @@ impl Record {
         }
     }
 
+    /// It goes by this tunnel.
+    pub fn through(&mut self, tunnel: &Tunnel) {
+        self.times.sent = Some(Instant::now());
+        self.tunnel_id = Some(tunnel.id);
+        self.via = Via {
+            place: place(!tunnel.is_here()),
+            dialect: match tunnel.dialect {
+                wire::Dialect::Adit => Dialect::Adit,
+                wire::Dialect::MoosicBox => Dialect::MoosicBox,
+            },
+        };
+    }
+
     /// It is answered with this; a `declared` body is whole at that many bytes.
     pub fn answered(mut self, exchange: &Arc<Exchange>, status: StatusCode, declared: Option<u64>) -> Self {
         (self.request_id, self.status, self.declared) = (exchange.id, status.as_u16(), declared);
+        self.times.answered = Some(Instant::now());
+        if let Some(path) = exchange.path() {
+            self.via.place = place(path.is_over_bus()); // it may have moved
+        }
         self.exchange = Some(exchange.clone());
         self
     }
@@ -201,18 +228,81 @@ pub fn outcome_of(code: Code) -> Outcome {
     }
 }
 
+fn place(elsewhere: bool) -> Place {
+    if elsewhere { Place::Peer } else { Place::Local }
+}
+
+fn span_of(state: &State, arrival: &Arrival) -> Span {
+    let Arrival { parts, target, .. } = arrival;
+    let request = (&parts.method, target.path(), target.authority());
+    let node_id = state.registry.node_id();
+    telemetry::ingress_span(node_id, &arrival.client_id, arrival.request_id, request, &parts.headers)
+}
+
+/// When what of a request happened.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    /// It came.
+    pub started: Instant,
+    /// It was last sent by a tunnel.
+    pub sent: Option<Instant>,
+    /// The head of its answer was there.
+    pub answered: Option<Instant>,
+}
+
+impl Times {
+    fn begin() -> Self {
+        Self {
+            started: Instant::now(),
+            sent: None,
+            answered: None,
+        }
+    }
+
+    /// As `Server-Timing` (W3C), in milliseconds: until now in all, and since it was sent by a tunnel.
+    pub fn server_timing(&self) -> String {
+        let ms = |since: Instant| since.elapsed().as_secs_f64() * 1000.0;
+        let tunnel = self.sent.map(|sent| format!(", tunnel;dur={:.3}", ms(sent)));
+        format!("total;dur={:.3}{}", ms(self.started), tunnel.unwrap_or_default())
+    }
+}
+
+impl Record {
+    fn count(&mut self) {
+        let metrics = &self.state.board.metrics;
+        metrics.from_upstream(self.bytes);
+        if let Some(exchange) = &self.exchange {
+            metrics.to_upstream(exchange.body_sent());
+            let (resent, stalls) = exchange.troubles();
+            metrics.troubles(resent, stalls);
+        }
+        let head_after = self.times.answered.map(|answered| answered - self.times.started);
+        if let Some(in_flight) = self.in_flight.take() {
+            in_flight.end(self.outcome, self.via, head_after);
+        }
+    }
+
+    fn end_span(&self) {
+        if self.span.is_disabled() {
+            return;
+        }
+        if let Some(id) = self.tunnel_id {
+            self.span.record("tunnel.id", tracing::field::display(id));
+        }
+        self.span.record("adit.tunnel.place", self.via.place.as_str());
+        self.span.record("adit.tunnel.dialect", self.via.dialect.as_str());
+        // A refusal is the downstream's fault, and so is a downstream that left.
+        let ours = !matches!(self.outcome, Outcome::Ok | Outcome::Refused | Outcome::DownstreamLeft);
+        let error = ours.then(|| self.outcome.as_str());
+        telemetry::end_span(&self.span, Some(self.status), self.bytes, error);
+    }
+}
+
 impl Drop for Record {
     fn drop(&mut self) {
-        self.state.board.metrics.from_upstream(self.bytes);
-        self.state
-            .board
-            .metrics
-            .to_upstream(self.exchange.as_ref().map_or(0, |exchange| exchange.body_sent()));
-        self.in_flight
-            .take()
-            .into_iter()
-            .for_each(|in_flight| in_flight.end(self.outcome));
-        let duration_ms = self.started.elapsed().as_millis() as u64;
+        self.count();
+        self.end_span();
+        let duration_ms = self.times.started.elapsed().as_millis() as u64;
         tracing::event!(
             target: "adit::access",
             tracing::Level::INFO,
@@ -224,6 +314,10 @@ impl Drop for Record {
             bytes = self.bytes,
             duration_ms,
             outcome = self.outcome.as_str(),
+            tunnel.id = self.tunnel_id.map(tracing::field::display),
+            tunnel.place = self.via.place.as_str(),
+            tunnel.dialect = self.via.dialect.as_str(),
+            node.id = %self.state.registry.node_id(),
             "request"
         );
     }

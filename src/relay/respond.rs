@@ -28,6 +28,8 @@ use crate::{
 
 /// Tells the downstream under which name the log has its request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("adit-request-id");
+/// How long the answer took, for whoever asked (W3C Server Timing).
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// Why a request got no answer of its upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,7 +89,7 @@ pub(super) async fn respond(
     record: &mut Option<Record>,
 ) -> Result<Response<OutBody>, Failed> {
     let exchange = answer.open.exchange.clone();
-    let request_id = exchange.id;
+    let times = record.as_ref().map(|record| record.times).filter(|_| asked.timed);
     let status = answer.head.status;
     if status == StatusCode::SWITCHING_PROTOCOLS {
         return upgrade(state, asked, answer, record).map_err(Failed::Answer);
@@ -122,7 +124,10 @@ pub(super) async fn respond(
         });
         OutBody::Streamed(Box::new(answer.into_body(declared, fields::keep_trailers)), record)
     };
-    Ok(head_of(status, headers, request_id, body))
+    if let Some(timing) = times.and_then(|times| HeaderValue::try_from(times.server_timing()).ok()) {
+        headers.append(SERVER_TIMING, timing); // beside the upstream's own
+    }
+    Ok(head_of(status, headers, exchange.id, body))
 }
 
 fn head_of(status: StatusCode, headers: http::HeaderMap, request_id: RequestId, body: OutBody) -> Response<OutBody> {

@@ -25,7 +25,7 @@ use crate::{
         table::{Exchanges, TICK},
     },
     ids::{ClientId, NodeId, TunnelId},
-    telemetry::Metrics,
+    telemetry::{Metrics, RegistryMeter},
     wire::{
         Dialect,
         frame::{Code, Frame},
@@ -48,6 +48,10 @@ pub trait Directory: Send + Sync {
     fn forget(&self, tunnel_ws_id: TunnelId);
     /// What is remembered of this client is to be asked for again.
     fn heard_of_change(&self, client_id: &ClientId);
+    /// What it counts of itself.
+    fn meter(&self) -> RegistryMeter {
+        RegistryMeter::default()
+    }
 }
 
 impl Directory for Registry {
@@ -65,6 +69,10 @@ impl Directory for Registry {
 
     fn heard_of_change(&self, client_id: &ClientId) {
         self.heard_of_change(client_id);
+    }
+
+    fn meter(&self) -> RegistryMeter {
+        self.meter()
     }
 }
 
@@ -95,7 +103,7 @@ impl Switchboard {
             true => Exchanges::new(clock, resume_timeout),
             false => Exchanges::with_way_back(clock, resume_timeout, peers.clone()),
         };
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new(&directory.meter()));
         Self {
             tunnels: Tunnels::new(peers.clone(), clock),
             exchanges: Arc::new(exchanges),

@@ -3,7 +3,15 @@
 use std::io::{self, IsTerminal};
 
 use serde::Deserialize;
-use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, registry::LookupSpan, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    filter::{FilterExt, filter_fn},
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    util::SubscriberInitExt,
+};
+
+use super::{export::Traces, spans::SPANS};
 
 /// For whom the logs are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -34,8 +42,9 @@ pub fn is_filter(filter: &str) -> bool {
     EnvFilter::try_new(filter).is_ok()
 }
 
-/// Sends the process's logs to standard error. Once a process, before anything else runs.
-pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), LogsError> {
+/// Sends the process's logs to standard error, and its spans to a collector if there is one. Once a process, before
+/// anything else runs.
+pub fn init(format: LogFormat, filter: &str, traces: Option<&Traces>) -> Result<(), LogsError> {
     let levels = EnvFilter::try_new(filter).map_err(|_| LogsError::Filter(filter.to_owned()))?;
     let terminal = io::stderr().is_terminal();
     let lines = match format {
@@ -43,7 +52,10 @@ pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), LogsError> {
         LogFormat::Auto if terminal => human(terminal),
         LogFormat::Auto | LogFormat::Json => json(),
     };
-    let subscriber = tracing_subscriber::registry().with(levels).with(lines);
+    let no_spans = filter_fn(|metadata| metadata.target() != SPANS);
+    let mut layers: Vec<Lines<Registry>> = vec![lines.with_filter(levels.and(no_spans)).boxed()];
+    layers.extend(traces.map(Traces::layer));
+    let subscriber = tracing_subscriber::registry().with(layers);
     subscriber.try_init().map_err(|_| LogsError::Again)
 }
 
@@ -83,10 +95,10 @@ mod tests {
     #[test]
     fn logs_are_set_up_once() {
         assert!(matches!(
-            init_logs(LogFormat::Auto, "adit=loud"),
+            init(LogFormat::Auto, "adit=loud", None),
             Err(LogsError::Filter(_))
         ));
-        let _first = init_logs(LogFormat::Json, "off");
-        assert!(matches!(init_logs(LogFormat::Human, "off"), Err(LogsError::Again)));
+        let _first = init(LogFormat::Json, "off", None);
+        assert!(matches!(init(LogFormat::Human, "off", None), Err(LogsError::Again)));
     }
 }

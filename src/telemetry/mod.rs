@@ -1,11 +1,18 @@
-//! What an operator sees: logs, the trace that a request belongs to, and metrics.
+//! What an operator sees: logs, the trace that a request belongs to, its spans, and metrics.
 
+mod export;
 mod logs;
 mod metrics;
+mod registry_meter;
+mod spans;
 mod trace;
 
-pub use logs::{LogFormat, LogsError, init_logs, is_filter};
+pub use export::{Traces, TracesError};
+pub use logs::{LogFormat, LogsError, init, is_filter};
 pub use metrics::{
-    AuthFailure, Direction, FrameDrop, GapEnd, InFlight, Metrics, OpenTunnel, Outcome, Unsubscribed, Violation,
+    AuthFailure, Dialect, Direction, FrameDrop, GapEnd, InFlight, Metrics, OpenTunnel, Outcome, Place, Seen,
+    Unsubscribed, Via, Violation,
 };
-pub use trace::continue_trace;
+pub use registry_meter::RegistryMeter;
+pub use spans::{end_span, fail_span, ingress_span, owner_span, spans_are_taken, tunnel_span, upstream_span};
+pub use trace::{carry_trace, continue_trace};

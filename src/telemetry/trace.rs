@@ -10,6 +10,8 @@ use opentelemetry_sdk::{
     propagation::TraceContextPropagator,
     trace::{IdGenerator, RandomIdGenerator},
 };
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
@@ -20,11 +22,49 @@ const TRACEPARENT_LEN: usize = 55;
 /// or in a new trace if it came with none.
 ///
 /// A `traceparent` that is malformed or there twice counts as none, and its `tracestate` goes with it; a malformed
-/// `tracestate` goes alone. A new trace says "sampled", because a server behind the relay that follows its parent's
+/// `tracestate` goes alone. Where spans are exported, `span` is the relay's, and whether it is sampled is what it says.
+/// Else one is made up; a new trace then says "sampled", because a server behind the relay that follows its parent's
 /// decision would otherwise record nothing.
-pub fn continue_trace(headers: &mut HeaderMap) {
+pub fn continue_trace(headers: &mut HeaderMap, span: &Span) {
+    if span.is_disabled() {
+        let made_up = made_up(headers);
+        inject(headers, &Context::new().with_remote_span_context(made_up));
+    } else {
+        carry_trace(headers, span);
+    }
+}
+
+/// Makes `span` the parent of what is called with these headers; leaves them as they are where spans are not exported.
+pub fn carry_trace(headers: &mut HeaderMap, span: &Span) {
+    if !span.is_disabled() {
+        inject(headers, &span.context());
+    }
+}
+
+/// Makes whoever sent these headers the parent of `span`, if they are of a trace.
+pub(super) fn adopt(span: &Span, headers: &HeaderMap) {
+    if span.is_disabled() {
+        return;
+    }
+    if let Some(context) = context_of(headers) {
+        set_parent(span, context);
+    }
+}
+
+/// The trace that these headers are of.
+pub(super) fn context_of(headers: &HeaderMap) -> Option<Context> {
+    parent(headers).map(|parent| Context::new().with_remote_span_context(parent))
+}
+
+/// Before anything asks for the span's own context, which begins it.
+pub(super) fn set_parent(span: &Span, context: Context) {
+    // It fails where spans are not exported, and then nothing is missing.
+    span.set_parent(context).ok();
+}
+
+fn made_up(headers: &HeaderMap) -> SpanContext {
     let ids = RandomIdGenerator::default();
-    let span = match parent(headers) {
+    match parent(headers) {
         Some(parent) => SpanContext::new(
             parent.trace_id(),
             ids.new_span_id(),
@@ -39,10 +79,12 @@ pub fn continue_trace(headers: &mut HeaderMap) {
             false,
             TraceState::NONE,
         ),
-    };
+    }
+}
+
+fn inject(headers: &mut HeaderMap, context: &Context) {
     headers.remove(TRACESTATE);
-    let context = Context::new().with_remote_span_context(span);
-    TraceContextPropagator::new().inject_context(&context, &mut Outgoing(headers));
+    TraceContextPropagator::new().inject_context(context, &mut Outgoing(headers));
 }
 
 fn parent(headers: &HeaderMap) -> Option<SpanContext> {
@@ -134,7 +176,7 @@ mod tests {
         for (name, value) in fields {
             headers.append(name, HeaderValue::from_bytes(value).expect("a field value"));
         }
-        continue_trace(&mut headers);
+        continue_trace(&mut headers, &Span::none());
         headers
     }
 
@@ -240,7 +282,7 @@ mod tests {
                     headers.append(name, value);
                 }
             }
-            continue_trace(&mut headers);
+            continue_trace(&mut headers, &Span::none());
             traceparent(&headers);
         }
     }

@@ -416,7 +416,12 @@ def configuration(it):
         for container in containers(spec):
             for variable in container.get("env", []):
                 if container["name"] == "relay" and variable not in it.values["extraEnv"]:
-                    assert variable["name"] in known, variable["name"]
+                    assert variable["name"] in known or variable["name"].startswith("OTEL_"), variable["name"]
+        environment = {v["name"]: v.get("value") for c in containers(spec) if c["name"] == "relay" for v in c.get("env", [])}
+        traces = it.values["traces"]
+        if environment:
+            assert environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "") == traces["endpoint"], where
+            assert not traces["endpoint"] or environment["OTEL_TRACES_SAMPLER"] == traces["sampler"], where
 
 
 @everywhere
@@ -474,7 +479,7 @@ BAD = [
     {"service": {"type": "ExternalName"}}, {"service": {"port": 0}}, {"service": {"port": 65536}}, {"ingress": {"hosts": ["A_b"]}},
     {"ingress": {"annotations": {"a": 1}}}, {"podLabels": {"a": {"b": "c"}}}, {"bindAddress": "localhost"}, {"preStopSeconds": -1},
     {"podDisruptionBudget": {"maxUnavailable": 0}}, {"podDisruptionBudget": {"maxUnavailable": "100%%"}},
-    {"extraEnv": [{"value": "x"}]}, {"fullnameOverride": "Upper"}, {"fullnameOverride": "x" * 45}, {"resources": {"limits": {"memroy": "1Gi"}}},
+    {"extraEnv": [{"value": "x"}]}, {"traces": {"endpoint": "collector:4318"}}, {"traces": {"protocol": "http/json"}}, {"traces": {"sampler": "some"}}, {"fullnameOverride": "Upper"}, {"fullnameOverride": "x" * 45}, {"resources": {"limits": {"memroy": "1Gi"}}},
 ]
 
 
@@ -570,14 +575,20 @@ def defaults_are_the_relays():
 
 def metrics_of_the_source():
     """What /metrics shows: name → its labels and their values. Read from what src/telemetry/metrics.rs registers."""
-    source = (ROOT / "src/telemetry/metrics.rs").read_text().split("#[cfg(test)]")[0]
+    files = [(ROOT / f"src/telemetry/{name}.rs").read_text().split("#[cfg(test)]")[0] for name in ("metrics", "registry_meter")]
+    source = "".join(files).replace("pub(super) ", "")
+    for alias, kind in re.findall(r"^type (\w+) = (Family<\w+, \w+), [^;]*;", source, re.M):
+        source = re.sub(rf": {alias},", f": {kind}>,", source)
     enums = {}
     for name, label, body in re.findall(r'(\w+) = "(\w+)" \{(.*?)\n    \}', source, re.S):
-        enums[name] = (label, set(re.findall(r'\w+ = "(\w+)"', body)))
+        enums[name] = {label: set(re.findall(r'\w+ = "(\w+)"', body))}
+    for name, body in re.findall(r"impl EncodeLabelSet for (\w+) \{(.*?)\n\}", source, re.S):
+        parts = re.findall(r"(\w+)\.encode\(encoder\)", body)
+        enums[name] = {label: values for part in parts for of in enums.values() for label, values in of.items() if label == part}
     types = dict(re.findall(r"^    (\w+): ([\w<>, ]+),$", source, re.M))
     types |= {name: kind for name, kind in re.findall(r"let (\w+) = ([\w<>:, ]+)::default\(\)", source)}
     types |= dict(re.findall(r"[(,]\s*(\w+): (Family<\w+, \w+>)", source))
-    aliases = dict(re.findall(r"let (\w+) = self\.(?:\w+\.)*(\w+)\.clone\(\)", source))
+    aliases = dict(re.findall(r"let (\w+) = (?:self|meter)\.(?:\w+\.)*(\w+)\.clone\(\)", source))
     found = {}
     for name, unit, argument in re.findall(
         r'\.register(?:_with_unit)?\(\s*"(\w+)",\s*"[^"]*",\s*(?:Unit::(\w+),\s*)?([^;]*?),?\s*\);', source
@@ -590,7 +601,7 @@ def metrics_of_the_source():
         field = re.match(r"(?:self\.)?(?:\w+\.)*?(\w+)(?:\.clone\(\))?$", argument)[1]
         kind = types.get(aliases.get(field, field)) or types[field]
         family = re.match(r"Family(?:::)?<(\w+), (\w+)>", kind)
-        label = dict([enums[family[1]]]) if family else {}
+        label = enums[family[1]] if family else {}
         kind = family[2] if family else kind
         suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
         for suffix in suffixes:
@@ -756,7 +767,7 @@ def compose_file():
     known = "\n".join(path.read_text() for path in (ROOT / "src/cli").glob("*.rs"))
     for name in ("relay", "migrate", "demo-client", "demo-agent"):
         for variable in compose["services"][name]["environment"]:
-            assert f'"{variable}"' in known, f"{name}: {variable}"
+            assert f'"{variable}"' in known or variable.startswith("OTEL_"), f"{name}: {variable}"
     relay = compose["services"]["relay"]
     assert relay["scale"] == 2
     assert seconds(relay["stop_grace_period"]) > seconds(relay["environment"]["ADIT_DRAIN_TIMEOUT"]) + 6
@@ -776,7 +787,8 @@ def compose_config():
         raise Skip("neither docker-compose nor docker compose is installed")
     plain = yaml.safe_load(run(*compose, "config"))["services"]
     observed = yaml.safe_load(run(*compose, "--profile", "observe", "config"))["services"]
-    assert set(observed) - set(plain) <= {"prometheus", "grafana"} and {"prometheus", "grafana"} <= set(observed)
+    seen = {"prometheus", "grafana", "otel-collector", "jaeger"}
+    assert set(observed) - set(plain) <= seen and seen <= set(observed)
 
 
 @check

@@ -1,7 +1,7 @@
 //! How the store talks to its pool: every statement is bounded in time, and what lost a race inside the database is
 //! tried again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::{
     Any, Transaction as Inner,
@@ -12,6 +12,7 @@ use sqlx::{
 use tokio::time::timeout;
 
 use super::{Store, StoreError};
+use crate::telemetry::RegistryMeter;
 
 /// What a statement may take before the database counts as gone. A statement here touches a few rows by their key.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
@@ -23,7 +24,7 @@ pub(super) type Statement<'q> = Query<'q, Any, AnyArguments>;
 impl Store {
     /// Changes rows; says how many. Of an upsert, MySQL counts a changed row twice.
     pub(super) async fn execute<'q>(&self, statement: impl Fn() -> Statement<'q>) -> Result<u64, StoreError> {
-        let execute = || bounded(self.patience, statement().execute(&self.pool));
+        let execute = || self.bounds.wait(statement().execute(&self.pool));
         Ok(retried(execute).await?.rows_affected())
     }
 
@@ -33,29 +34,29 @@ impl Store {
         statement: impl Fn() -> Statement<'q>,
         map: impl Fn(&AnyRow) -> Result<T, sqlx::Error>,
     ) -> Result<Vec<T>, StoreError> {
-        let fetch = || bounded(self.patience, statement().fetch_all(&self.pool));
+        let fetch = || self.bounds.wait(statement().fetch_all(&self.pool));
         mapped(retried(fetch).await?, map)
     }
 
     /// Begins what is done as a whole or not at all. It is rolled back unless it is committed.
     pub(super) async fn begin(&self) -> Result<Transaction, StoreError> {
-        let patience = self.patience;
-        let inner = bounded(patience, self.pool.begin()).await?;
-        Ok(Transaction { inner, patience })
+        let bounds = self.bounds.clone();
+        let inner = bounds.wait(self.pool.begin()).await?;
+        Ok(Transaction { inner, bounds })
     }
 }
 
 /// Several statements, as a whole or not at all.
 pub(super) struct Transaction {
     inner: Inner<'static, Any>,
-    patience: Duration,
+    bounds: Bounds,
 }
 
 impl Transaction {
     /// As [`Store::execute`], once.
     pub async fn execute(&mut self, statement: Statement<'_>) -> Result<u64, StoreError> {
         let execute = statement.execute(&mut *self.inner);
-        Ok(bounded(self.patience, execute).await?.rows_affected())
+        Ok(self.bounds.wait(execute).await?.rows_affected())
     }
 
     /// As [`Store::fetch`], once.
@@ -65,11 +66,11 @@ impl Transaction {
         map: impl Fn(&AnyRow) -> Result<T, sqlx::Error>,
     ) -> Result<Vec<T>, StoreError> {
         let fetch = statement.fetch_all(&mut *self.inner);
-        mapped(bounded(self.patience, fetch).await?, map)
+        mapped(self.bounds.wait(fetch).await?, map)
     }
 
     pub async fn commit(self) -> Result<(), StoreError> {
-        bounded(self.patience, self.inner.commit()).await
+        self.bounds.wait(self.inner.commit()).await
     }
 }
 
@@ -100,9 +101,36 @@ fn lost_a_race(error: &StoreError) -> bool {
         .is_some_and(|error| [LOCK_WAIT_TIMEOUT, DEADLOCK].contains(&error.number()))
 }
 
-/// The one place where the database is waited for.
-async fn bounded<T>(patience: Duration, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
-    Ok(timeout(patience, work).await.map_err(|_| StoreError::Slow)??)
+/// How long the database is waited for, and who counts it.
+#[derive(Debug, Clone)]
+pub(super) struct Bounds {
+    /// What any one statement may take.
+    pub patience: Duration,
+    pub meter: RegistryMeter,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            patience: PATIENCE,
+            meter: RegistryMeter::default(),
+        }
+    }
+}
+
+impl Bounds {
+    /// The one place where the database is waited for.
+    async fn wait<T>(&self, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
+        let began = Instant::now();
+        let answer = match timeout(self.patience, work).await {
+            Ok(answer) => answer.map_err(StoreError::from),
+            Err(_) => Err(StoreError::Slow),
+        };
+        // A row that is there already is an answer.
+        let failed = matches!(answer, Err(StoreError::Slow | StoreError::Database(_)));
+        self.meter.asked(began.elapsed(), failed);
+        answer
+    }
 }
 
 fn mapped<T>(rows: Vec<AnyRow>, map: impl Fn(&AnyRow) -> Result<T, sqlx::Error>) -> Result<Vec<T>, StoreError> {

@@ -13,7 +13,7 @@ use crate::{
         peer::Peers,
     },
     ids::{ClientId, NodeId},
-    telemetry::Metrics,
+    telemetry::{Metrics, RegistryMeter},
 };
 
 struct Node {
@@ -46,7 +46,7 @@ impl Inbox for Takes {
 fn node(hub: &Arc<Hub>) -> Node {
     let id = NodeId::new();
     let peers = Arc::new(Peers::new(Arc::new(Bus::local(hub)), id));
-    let fanout = Fanout::new(peers.clone(), Arc::new(Metrics::new()));
+    let fanout = Fanout::new(peers.clone(), Arc::new(Metrics::new(&RegistryMeter::default())));
     peers.bus().subscribe(Channel::Node(id));
     let (takes, ticks) = (Arc::new(Takes(fanout.clone())), fanout.clone());
     let run = tokio::spawn(async move { peers.bus().run(takes).await });

@@ -28,7 +28,7 @@ use crate::{
         taker::TunnelTaker,
         tunnels::{Joined, Refused, Tunnel},
     },
-    telemetry::Violation,
+    telemetry::{self, Violation},
     wire::{
         Dialect,
         frame::Code,
@@ -83,6 +83,8 @@ where
         }
     };
     let _counted = state.board.metrics.tunnel();
+    let (node_id, dialect) = (state.registry.node_id(), telemetry::Dialect::MoosicBox.as_str());
+    let _span = telemetry::tunnel_span(node_id, &owner.client_id, joined.tunnel.id, dialect);
     begin(&state, &joined, remote);
     let (outbox, texts) = mpsc::channel(OUTBOX);
     let sender = Sender {

@@ -28,6 +28,8 @@ pub struct Sender {
     cursor: Cursor,
     acked: u64,
     pub(super) sent: u64,
+    /// Bytes that went more than once.
+    resent: u64,
     written: u64,
     finished: bool,
     max_data: u64,
@@ -68,6 +70,7 @@ impl Default for Sender {
             cursor: Cursor::default(),
             acked: 0,
             sent: 0,
+            resent: 0,
             written: 0,
             finished: false,
             max_data: INITIAL_WINDOW,
@@ -131,6 +134,11 @@ impl Sender {
     /// Whether [`finish`](Self::finish) was called.
     pub fn is_finished(&self) -> bool {
         self.finished
+    }
+
+    /// Bytes that went more than once, counted each time but the first.
+    pub fn resent(&self) -> u64 {
+        self.resent
     }
 
     /// Bytes held for sending or sending again.
@@ -208,6 +216,7 @@ impl Sender {
     fn chunk_of_lost(&mut self, range: Range<u64>, max: usize) -> Chunk<usize> {
         let upto = range.end.min(self.written).min(range.start + max as u64);
         let chunk = self.chunk(range.start, upto);
+        self.resent += chunk.data as u64;
         let next = upto + u64::from(chunk.fin);
         self.sent = self.sent.max(next);
         if next < range.end {
