@@ -205,6 +205,21 @@ async fn from_nothing_to_an_answer_and_to_a_revocation() {
     agent.says("clientId=home");
     assert_eq!(relay.get("home", "").await.body(), b"ok");
     assert!(relay.result(&["client", "list"]).contains("public"));
+    let status = relay.result(&["status"]);
+    assert!(
+        status.starts_with("1 nodes, 2 tunnels") && status.contains(&relay.admin.to_string()),
+        "{status}"
+    );
+    let status = relay.result(&["status", "--json"]);
+    assert!(status.starts_with('{') && status.contains("\"this\":true"), "{status}");
+    let mut watch = adit(relay.place.path(), &["status", "--watch"]);
+    watch
+        .env("ADIT_RELAY", format!("http://{}", relay.admin))
+        .env("ADIT_ADMIN_TOKEN", &relay.token);
+    let mut watch = Running::start(watch);
+    watch.says("1 nodes, 2 tunnels");
+    watch.says("requests/s");
+    drop(watch);
     relay.result(&["client", "delete", "home"]);
     assert_eq!(relay.get("home", "").await.status(), 404);
 }

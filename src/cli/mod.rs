@@ -11,6 +11,7 @@ mod http;
 mod migrate;
 mod sample;
 mod serve;
+mod status;
 mod token;
 
 use std::{
@@ -57,6 +58,7 @@ enum Command {
     Demo(DemoArgs),
     Client(client::ClientCommand),
     Token(token::TokenCommand),
+    Status(status::StatusCommand),
     Migrate(MigrateArgs),
     Healthcheck(HealthcheckArgs),
 }
@@ -101,6 +103,8 @@ pub enum Plan {
     Client(client::ClientCommand),
     /// `adit token`.
     Token(token::TokenCommand),
+    /// `adit status`.
+    Status(status::StatusCommand),
     /// `adit migrate`: of this database.
     Migrate(Secret),
     /// `adit healthcheck`: the admin listener to ask, and for what path.
@@ -131,6 +135,7 @@ impl Cli {
             }
             Command::Client(command) => Plan::Client(command),
             Command::Token(command) => Plan::Token(command),
+            Command::Status(command) => Plan::Status(command),
             Command::Migrate(args) => Plan::Migrate(args.database_url()?),
             Command::Healthcheck(args) => Plan::Healthcheck(args.address()?, args.path()),
         };
@@ -149,6 +154,7 @@ impl Plan {
             Self::Demo(config, to) => demo::run(*config, to, shutdown::signals()?).await,
             Self::Client(command) => command.run().await,
             Self::Token(command) => command.run().await,
+            Self::Status(command) => command.run().await,
             Self::Migrate(database_url) => migrate::run(database_url).await,
             Self::Healthcheck(address, path) => healthcheck::run(address, path).await,
         }

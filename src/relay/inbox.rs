@@ -51,6 +51,9 @@ impl Inbox for NodeInbox {
             }) => expel(board, &client_id, tunnel_ws_id),
             Ok(Letter::News { from, client_id, news }) if from != board.node_id() => on_news(board, &client_id, news),
             Ok(Letter::News { .. }) => {}
+            Ok(Letter::Leave { .. }) => board.leave.cancel(),
+            Ok(Letter::Count { from }) => board.peers.tell_count(from, board.metrics.traffic()),
+            Ok(Letter::Counted { from, traffic }) => board.heard_count(from, traffic),
             Err(Unreadable) => board.metrics.frame_dropped(FrameDrop::Unreadable),
         }
     }
@@ -148,6 +151,11 @@ fn on_news(board: &Switchboard, client_id: &ClientId, news: News) {
             board.revoke(|tunnel| tunnel.path.owner.client_id == *client_id);
         }
         News::ClientChanged => board.directory.heard_of_change(client_id),
+        News::Disconnect { tunnel_ws_id } => {
+            if let Some(tunnel) = board.tunnels.find(client_id, tunnel_ws_id) {
+                super::operated::disconnect(&tunnel);
+            }
+        }
         News::Up(_) | News::Unknown => {}
     }
 }

@@ -14,6 +14,7 @@ use super::{
     downstream::handle::ConnHandle,
     forward,
     forwarded::Hop,
+    limits::{Exceeded, Taken},
     out_body::{OutBody, Record},
     respond::{self, Failed},
     router,
@@ -86,7 +87,12 @@ async fn serve_recorded(
     record: &mut Option<Record>,
 ) -> Result<Response<OutBody>, Cause> {
     let mut request_id = arrival.request_id;
-    let (mut asked, mut body) = ask(state, arrival).await?;
+    let mut taken = Taken::default();
+    let asked = ask(state, arrival, &mut taken).await;
+    if let Some(record) = record {
+        record.taken = taken;
+    }
+    let (mut asked, mut body) = asked?;
     let mut not = None;
     loop {
         let tunnel = router::route(&state.board, &asked.client, not.as_ref()).await?;
@@ -113,7 +119,7 @@ async fn serve_recorded(
 }
 
 /// Lets the request in, and makes of it what goes to the upstream.
-async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>), Cause> {
+async fn ask(state: &State, arrival: Arrival, taken: &mut Taken) -> Result<(Asked, Option<Incoming>), Cause> {
     let Arrival {
         client_id,
         target,
@@ -131,6 +137,11 @@ async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>
         trusted,
     };
     let from = hop.client_address(&parts.headers);
+    let limited = |exceeded: Exceeded| {
+        state.board.metrics.limited(exceeded.0);
+        Cause::from(exceeded)
+    };
+    state.quotas.of_address(from, taken).map_err(limited)?;
     let authorized = match let_in {
         Some(client) => Ok((client, Consumed::Nothing)),
         None => {
@@ -140,6 +151,7 @@ async fn ask(state: &State, arrival: Arrival) -> Result<(Asked, Option<Incoming>
     };
     let (client, consumed) =
         authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
+    state.quotas.of_client(&client.client_id, taken).map_err(limited)?;
     let buffered = wants_it_whole(&parts, &target);
     let path_and_query = strip_credentials(consumed, &mut parts, &target);
     forward::to_upstream(&mut parts.headers, &target, &hop);

@@ -13,7 +13,7 @@ use super::{
     Listeners, State,
     admin::{self, Readiness},
     downstream::{io::Timeouts, listener},
-    routes,
+    operated, routes,
     switchboard::ASK_SILENT_EVERY,
 };
 use crate::{
@@ -50,6 +50,7 @@ pub(super) async fn run(
     on_ready();
     tokio::select! {
         () = shutdown.drain() => {}
+        () = state.board.leave.cancelled() => tracing::info!("an operator asked this node to drain"),
         // A part that ends by itself has failed: the others cannot go on without it.
         Some(ended) = tasks.join_next() => ended?,
     }
@@ -145,6 +146,7 @@ async fn serve_admin(state: Arc<State>, socket: tokio::net::TcpListener, close: 
     let (readiness, metrics) = (state.clone(), state.clone());
     let admin = admin::Admin {
         registry: state.registry.clone(),
+        node: Box::new(operated::Operated(state.clone())),
         readiness: Box::new(move || readiness_of(&readiness)),
         metrics: Box::new(move || metrics.board.metrics.render(metrics.board.peers.bus().counts())),
     };

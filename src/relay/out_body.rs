@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{State, downstream::handle::ConnHandle, ingress::Arrival};
+use super::{State, downstream::handle::ConnHandle, ingress::Arrival, limits::Taken};
 use crate::{
     error::Cause,
     exchange::{Exchange, body::Broken, ingress::AnswerBody},
@@ -106,6 +106,8 @@ pub struct Record {
     pub declared: Option<u64>,
     /// Counts it as in flight.
     pub in_flight: Option<InFlight>,
+    /// Its places among those of its address and its client.
+    pub taken: Taken,
     /// How it ended.
     pub outcome: Outcome,
     /// Its share of the memory for buffered responses.
@@ -128,6 +130,7 @@ impl Record {
             bytes: 0,
             declared: None,
             in_flight: Some(state.board.metrics.exchange()),
+            taken: Taken::default(),
             outcome: Outcome::DownstreamLeft,
             budget: None,
         }

@@ -5,6 +5,8 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     inbox::NodeInbox,
@@ -13,7 +15,7 @@ use super::{
 use crate::{
     cluster::{
         bus::{Bus, Channel},
-        letter::News,
+        letter::{News, Traffic},
         peer::{Peers, Undelivered},
         registry::{ConnectionRow, Holder, Registry, RegistryAway},
     },
@@ -31,6 +33,9 @@ use crate::{
 /// A tunnel that carries exchanges and says nothing is asked whether it lives this often, so that one that is wedged is
 /// noticed long before its keep-alive gives up.
 pub const ASK_SILENT_EVERY: Duration = Duration::from_secs(1);
+
+/// Answers of peers that an operator's request may be behind by: as many nodes as a relay may well have.
+const COUNTS: usize = 1024;
 
 /// What it needs of the registry.
 pub trait Directory: Send + Sync {
@@ -78,6 +83,10 @@ pub struct Switchboard {
     pub metrics: Arc<Metrics>,
     /// What clients tell their subscribers.
     pub fanout: Arc<super::fanout::Fanout>,
+    /// An operator wants this node to drain.
+    pub leave: CancellationToken,
+    /// What peers have counted, as they answer: to whoever asks just now.
+    counted_tx: broadcast::Sender<(NodeId, Traffic)>,
 }
 
 impl Switchboard {
@@ -95,6 +104,8 @@ impl Switchboard {
             peers,
             metrics: Arc::new(Metrics::new()),
             fanout: Arc::default(),
+            leave: CancellationToken::new(),
+            counted_tx: broadcast::Sender::new(COUNTS),
             directory,
             config,
         }
@@ -234,5 +245,17 @@ impl Switchboard {
         for id in lost.opens {
             self.exchanges.open_returned(id, lost.tunnel_ws_id);
         }
+    }
+
+    // --- operators --------------------------------------------------------------------------------------------------
+
+    /// What peers say that they have counted, from now on.
+    pub fn counts(&self) -> broadcast::Receiver<(NodeId, Traffic)> {
+        self.counted_tx.subscribe()
+    }
+
+    /// A peer says what it has counted. Nobody may be asking any more.
+    pub fn heard_count(&self, node_id: NodeId, traffic: Traffic) {
+        drop(self.counted_tx.send((node_id, traffic)));
     }
 }

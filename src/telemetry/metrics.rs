@@ -8,7 +8,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{cluster::bus::Counts, error::Cause};
+use crate::{
+    cluster::{bus::Counts, letter::Traffic},
+    error::Cause,
+};
 
 macro_rules! label {
     ($(#[$doc:meta])* $name:ident = $label:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
@@ -99,6 +102,20 @@ label! {
 }
 
 label! {
+    /// A limit for which a request was refused.
+    Limited = "limit" {
+        /// Requests a second of its client.
+        ClientRate = "client_rate",
+        /// Requests at a time of its client.
+        ClientConcurrent = "client_concurrent",
+        /// Requests a second of its address.
+        AddressRate = "address_rate",
+        /// Requests at a time of its address.
+        AddressConcurrent = "address_concurrent",
+    }
+}
+
+label! {
     /// Which way body bytes went.
     Direction = "direction" {
         /// Of requests, toward the upstream.
@@ -121,6 +138,7 @@ pub struct Metrics {
     auth_failures: Family<AuthFailure, Counter>,
     exchanges_moved: Counter,
     frames_dropped: Family<FrameDrop, Counter>,
+    limited: Family<Limited, Counter>,
     bus: BusCounters,
 }
 
@@ -154,6 +172,7 @@ impl Metrics {
             auth_failures: zeros(AuthFailure::ALL),
             exchanges_moved: Counter::default(),
             frames_dropped: zeros(FrameDrop::ALL),
+            limited: zeros(Limited::ALL),
             bus: BusCounters::default(),
         };
         metrics.register(bytes);
@@ -180,6 +199,7 @@ impl Metrics {
             violations,
         );
         registry.register("auth_failures", "Failed authentications", self.auth_failures.clone());
+        registry.register("limited", "Requests refused for a limit", self.limited.clone());
         let moved = self.exchanges_moved.clone();
         registry.register(
             "bus_published",
@@ -239,6 +259,11 @@ impl Metrics {
         self.auth_failures.get_or_create(&who).inc();
     }
 
+    /// A request was refused for this limit.
+    pub fn limited(&self, limit: Limited) {
+        self.limited.get_or_create(&limit).inc();
+    }
+
     /// So many exchanges went on through another tunnel than before.
     pub fn exchanges_moved(&self, count: usize) {
         self.exchanges_moved.inc_by(count as u64);
@@ -247,6 +272,22 @@ impl Metrics {
     /// A frame was dropped.
     pub fn frame_dropped(&self, reason: FrameDrop) {
         self.frames_dropped.get_or_create(&reason).inc();
+    }
+
+    /// What of it operators are shown of a node.
+    pub fn traffic(&self) -> Traffic {
+        let now = |gauge: &Gauge| u64::try_from(gauge.get()).unwrap_or(0);
+        let ended = |outcome: &Outcome| {
+            let count = self.exchanges.get_or_create(outcome).get();
+            (outcome.as_str().to_owned(), count)
+        };
+        Traffic {
+            exchanges_in_flight: now(&self.exchanges_in_flight),
+            tunnels: now(&self.tunnels),
+            to_upstream_bytes: self.to_upstream.get(),
+            from_upstream_bytes: self.from_upstream.get(),
+            outcomes: Outcome::ALL.iter().map(ended).collect(),
+        }
     }
 
     /// All of it as OpenMetrics text (`application/openmetrics-text; version=1.0.0; charset=utf-8`).
