@@ -18,6 +18,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand, builder::Styles};
@@ -27,6 +28,7 @@ pub use demo::DemoArgs;
 pub use healthcheck::HealthcheckArgs;
 pub use http::HttpArgs;
 pub use migrate::MigrateArgs;
+pub use sample::SampleArgs;
 pub use serve::ServeArgs;
 
 use crate::{
@@ -60,6 +62,7 @@ enum Command {
     Token(token::TokenCommand),
     Status(status::StatusCommand),
     Migrate(MigrateArgs),
+    Sample(SampleArgs),
     Healthcheck(HealthcheckArgs),
 }
 
@@ -105,10 +108,12 @@ pub enum Plan {
     Token(token::TokenCommand),
     /// `adit status`.
     Status(status::StatusCommand),
-    /// `adit migrate`: of this database.
-    Migrate(Secret),
+    /// `adit migrate`: of this database, which is waited for so long.
+    Migrate(Secret, Duration),
+    /// `adit sample`: on this address.
+    Sample(SocketAddr),
     /// `adit healthcheck`: the admin listener to ask, and for what path.
-    Healthcheck(SocketAddr, &'static str),
+    Healthcheck(String, &'static str),
 }
 
 impl Cli {
@@ -136,7 +141,11 @@ impl Cli {
             Command::Client(command) => Plan::Client(command),
             Command::Token(command) => Plan::Token(command),
             Command::Status(command) => Plan::Status(command),
-            Command::Migrate(args) => Plan::Migrate(args.database_url()?),
+            Command::Migrate(args) => {
+                let (database_url, wait) = args.database()?;
+                Plan::Migrate(database_url, wait)
+            }
+            Command::Sample(args) => Plan::Sample(args.listen),
             Command::Healthcheck(args) => Plan::Healthcheck(args.address()?, args.path()),
         };
         self.log.over(&mut log);
@@ -155,7 +164,8 @@ impl Plan {
             Self::Client(command) => command.run().await,
             Self::Token(command) => command.run().await,
             Self::Status(command) => command.run().await,
-            Self::Migrate(database_url) => migrate::run(database_url).await,
+            Self::Migrate(database_url, wait) => migrate::run(database_url, wait).await,
+            Self::Sample(listen) => sample::run(listen, shutdown::signals()?).await,
             Self::Healthcheck(address, path) => healthcheck::run(address, path).await,
         }
     }

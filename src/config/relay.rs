@@ -379,6 +379,15 @@ mod tests {
             (&None, &None, &None)
         );
         assert_eq!((config.trusted_proxies, config.drain_timeout), (vec![], seconds(60)));
+        assert_eq!(config.database_wait, seconds(30));
+        assert_eq!((config.tls.cert, config.tls.key), (None, None));
+        let limits = LimitsConfig {
+            client_requests_per_second: 0,
+            client_concurrent: 0,
+            address_requests_per_second: 0,
+            address_concurrent: 0,
+        };
+        assert_eq!(config.limits, limits);
         let tunnels = TunnelsConfig {
             park_timeout: seconds(5),
             park_memory: seconds(60),
@@ -486,6 +495,10 @@ mod tests {
             ("[http]\nmax_header_bytes = \"1KiB\"", "`http.max_header_bytes`"),
             ("[http]\nmax_target = \"64KiB\"", "`http.max_target`"),
             ("[http]\nbuffered_limit = \"1GiB\"", "`http.buffered_total`"),
+            ("[tls]\ncert = \"c.pem\"", "`tls.key`"),
+            ("[tls]\nkey = \"k.pem\"", "`tls.cert`"),
+            ("[limits]\nclient_concurrent = -1", "`limits.client_concurrent`"),
+            ("database_wait = 5", "`database_wait`"),
             ("[cors]\norigins = \"*\"", "`cors.origins`"),
             ("[cors]\norigins = [\"app.example.org\"]", "`cors.origins`"),
             ("[cors]\norigins = [\"https://app.example.org/\"]", "`cors.origins`"),
@@ -533,6 +546,9 @@ mod tests {
         assert_eq!(url(public, "0.0.0.0:8080"), "https://t.org/?clientId=home");
         assert_eq!(url(domain, "0.0.0.0:8080"), "http://home.t.org:8080/");
         assert_eq!(url(domain, "0.0.0.0:80"), "http://home.t.org/");
+        let tls = "[tls]\ncert = \"c\"\nkey = \"k\"";
+        assert_eq!(url(tls, "0.0.0.0:8443"), "https://127.0.0.1:8443/?clientId=home");
+        assert_eq!(url(&format!("{domain}\n{tls}"), "0.0.0.0:443"), "https://home.t.org/");
         assert_eq!(
             url(&format!("{domain}\n{public}"), "0.0.0.0:8080"),
             "https://home.t.org/"

@@ -132,7 +132,7 @@ async fn ask(state: &State, arrival: Arrival, taken: &mut Taken) -> Result<(Aske
     let trusted = &state.config.trusted_proxies;
     let hop = Hop {
         peer: connection.peer().ip(),
-        tls: false,
+        tls: connection.is_tls(),
         http2: parts.version == Version::HTTP_2,
         trusted,
     };

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Listeners, State,
     admin::{self, Readiness},
-    downstream::{io::Timeouts, listener},
+    downstream::{io::Timeouts, listener, tls::Tls},
     operated, routes,
     switchboard::ASK_SILENT_EVERY,
 };
@@ -33,12 +33,13 @@ const CLOSING: Duration = Duration::from_secs(3);
 pub(super) async fn run(
     state: Arc<State>,
     listeners: Listeners,
+    tls: Option<Arc<Tls>>,
     shutdown: Shutdown,
     on_ready: impl FnOnce(),
 ) -> anyhow::Result<()> {
     let (close_public, close_rest) = (CancellationToken::new(), CancellationToken::new());
     let mut tasks = JoinSet::new();
-    tasks.spawn(serve_public(state.clone(), listeners.public, close_public.clone()));
+    tasks.spawn(serve_public(state.clone(), listeners.public, tls, close_public.clone()));
     tasks.spawn(serve_admin(state.clone(), listeners.admin, close_rest.clone()));
     tasks.spawn({
         let (registry, close) = (state.registry.clone(), close_rest.clone());
@@ -122,12 +123,18 @@ async fn close_tunnels(state: &State, shutdown: &Shutdown) {
     }
 }
 
-async fn serve_public(state: Arc<State>, socket: tokio::net::TcpListener, close: CancellationToken) {
+async fn serve_public(
+    state: Arc<State>,
+    socket: tokio::net::TcpListener,
+    tls: Option<Arc<Tls>>,
+    close: CancellationToken,
+) {
     let config = &state.config;
     let listener = listener::Listener::new(listener::Limits {
         max_connections: config.http.max_connections,
         max_connections_per_address: config.http.max_connections_per_address,
         trusted_proxies: config.trusted_proxies.clone(),
+        tls: tls.clone(),
         timeouts: Timeouts {
             header: config.http.head_timeout,
             write_idle: config.http.write_idle_timeout,
@@ -139,7 +146,14 @@ async fn serve_public(state: Arc<State>, socket: tokio::net::TcpListener, close:
         let state = state.clone();
         service_fn(move |request| routes::handle(state.clone(), request))
     };
-    listener.serve(socket, service, close.cancelled_owned()).await;
+    let serving = listener.serve(socket, service, close.cancelled_owned());
+    match tls {
+        Some(tls) => tokio::select! {
+            () = serving => {}
+            () = tls.follow_files() => {}
+        },
+        None => serving.await,
+    }
 }
 
 async fn serve_admin(state: Arc<State>, socket: tokio::net::TcpListener, close: CancellationToken) {

@@ -207,7 +207,11 @@ impl Relay {
             Some(url) => Bus::redis(url)?,
             None => Bus::local(&self.hub),
         };
-        let store = Store::open(self.config.database_url.expose()).await?;
+        let tls = downstream::tls::Tls::load(&self.config.tls)?;
+        let store = tokio::select! {
+            opened = Store::open_within(self.config.database_url.expose(), self.config.database_wait) => opened?,
+            () = shutdown.drain() => return Ok(()),
+        };
         let node = Node::new(&address::of_machine(listeners.admin.local_addr()?).to_string());
         let registry = Arc::new(Registry::new(store, node));
         let given = self.config.admin_token.as_ref().map(|token| token.expose());
@@ -218,7 +222,7 @@ impl Relay {
             bus,
             listeners.public.local_addr()?,
         ));
-        lifecycle::run(state, listeners, shutdown, move || {
+        lifecycle::run(state, listeners, tls, shutdown, move || {
             on_ready(Ready {
                 registry,
                 new_admin_token,

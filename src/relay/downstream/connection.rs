@@ -14,6 +14,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
     sync::oneshot,
     time::{Instant, timeout_at},
 };
@@ -25,6 +26,7 @@ use super::{
     io::{DownstreamIo, Reset, Timeouts},
     opening::{self, Opening},
     own_words,
+    tls::{self, Tls, Transport},
 };
 use crate::error::Cause;
 
@@ -73,6 +75,7 @@ impl Door {
         &self,
         mut io: T,
         peer: SocketAddr,
+        tls: bool,
         slot: Slot,
         service: S,
         leave_rx: oneshot::Receiver<()>,
@@ -88,7 +91,7 @@ impl Door {
         let Some((opening, leave)) = open(&mut io, head_due, leave_rx).await else {
             return;
         };
-        let shared = Arc::new(Shared::new(peer));
+        let shared = Arc::new(Shared::new(peer, tls));
         poll_fn(|cx| {
             shared.drive_by(cx);
             Poll::Ready(())
@@ -109,6 +112,40 @@ impl Door {
         };
         if let Err(error) = done {
             tracing::debug!(peer = %peer, %error, "a downstream connection ended badly");
+        }
+    }
+
+    /// As [`Door::serve`], of a connection that begins with a TLS handshake. One that begins otherwise is told so.
+    pub async fn serve_tls<S, B>(
+        &self,
+        tls: &Tls,
+        io: TcpStream,
+        peer: SocketAddr,
+        slot: Slot,
+        service: S,
+        leave_rx: oneshot::Receiver<()>,
+    ) where
+        S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
+        S::Future: Send + 'static,
+        S::Error: Into<BoxError>,
+        B: Body<Data = Bytes> + Unpin + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let due = Instant::now() + self.timeouts.header;
+        let mut first = [0];
+        match timeout_at(due, io.peek(&mut first)).await {
+            Ok(Ok(1)) if first[0] == tls::HANDSHAKE => {}
+            Ok(Ok(1)) => {
+                let (shared, timeouts) = (Arc::new(Shared::new(peer, false)), self.timeouts.clone());
+                let io = DownstreamIo::new(Transport::Plain(io), Bytes::new(), shared, timeouts, None, Some(slot));
+                return refuse(io, "this port speaks TLS and was sent plain text: use https://").await;
+            }
+            _ => return,
+        }
+        match timeout_at(due, tls.accept(io)).await {
+            Ok(Ok(io)) => self.serve(io, peer, true, slot, service, leave_rx).await,
+            Ok(Err(error)) => tracing::debug!(peer = %peer, %error, "a TLS handshake failed"),
+            Err(_) => {}
         }
     }
 
