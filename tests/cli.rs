@@ -453,7 +453,8 @@ async fn an_agent_dials_a_relay_that_speaks_tls_itself_and_reaches_the_sample() 
     serve
         .env("ADIT_TLS_CERT", path("cert.pem"))
         .env("ADIT_TLS_KEY", path("key.pem"));
-    let mut relay = Running::start(serve.env("ADIT_ADMIN_TOKEN", "right"));
+    serve.env("ADIT_ADMIN_TOKEN", "right");
+    let mut relay = Running::start(serve);
     relay.says("the relay is up");
     let well = adit(
         place.path(),

@@ -163,7 +163,7 @@ async fn websockets_inside_of_tls() {
     let line = Line::start(&files, to).await;
     let io = connect(line.relay.address, &der, "http/1.1").await.expect("TLS");
     let opening = tokio_tungstenite::client_async("wss://localhost/socket?clientId=home", io);
-    let (mut socket, _) = within("a handshake", opening).await.expect("a WebSocket");
+    let (mut socket, _) = Box::pin(within("a handshake", opening)).await.expect("a WebSocket");
     socket.send(Message::text("there and back")).await.expect("sent");
     let back = within("a message", socket.next())
         .await
@@ -250,8 +250,10 @@ async fn a_relay_does_not_start_with_files_that_are_no_certificate() {
             Some(key) => std::fs::write(files.path("key.pem"), key).expect("written"),
             None => std::fs::remove_file(files.path("key.pem")).expect("removed"),
         }
-        let mut config = RelayConfig::default();
-        config.database_url = "sqlite::memory:".parse().expect("a url");
+        let mut config = RelayConfig {
+            database_url: "sqlite::memory:".parse().expect("a url"),
+            ..RelayConfig::default()
+        };
         config.tls.cert = Some(files.path("cert.pem"));
         config.tls.key = Some(files.path("key.pem"));
         let listeners = adit::relay::Listeners {
