@@ -208,7 +208,7 @@ async fn from_nothing_to_an_answer_and_to_a_revocation() {
     assert!(relay.result(&["client", "list"]).contains("public"));
     let status = relay.result(&["status"]);
     assert!(
-        status.starts_with("1 nodes, 2 tunnels") && status.contains(&relay.admin.to_string()),
+        status.starts_with("1 node, 2 tunnels") && status.contains(&relay.admin.to_string()),
         "{status}"
     );
     let status = relay.result(&["status", "--json"]);
@@ -218,7 +218,7 @@ async fn from_nothing_to_an_answer_and_to_a_revocation() {
         .env("ADIT_RELAY", format!("http://{}", relay.admin))
         .env("ADIT_ADMIN_TOKEN", &relay.token);
     let mut watch = Running::start(watch);
-    watch.says("1 nodes, 2 tunnels");
+    watch.says("1 node, 2 tunnels");
     watch.says("requests/s");
     drop(watch);
     relay.result(&["client", "delete", "home"]);

@@ -247,9 +247,17 @@ fn summary(nodes: &[Node], tunnels: usize) -> String {
         ok += traffic.outcomes.get("ok").copied().unwrap_or(0);
     }
     format!(
-        "{} nodes, {tunnels} tunnels, {in_flight} requests in flight; {requests} have ended, {ok} of them whole",
-        nodes.len()
+        "{}, {}, {} in flight; {requests} ended, {ok} of them whole",
+        counted(nodes.len() as u64, "node"),
+        counted(tunnels as u64, "tunnel"),
+        counted(in_flight, "request"),
     )
+}
+
+/// So many of them.
+fn counted(count: u64, one: &str) -> String {
+    let many = if count == 1 { "" } else { "s" };
+    format!("{count} {one}{many}")
 }
 
 /// Of the nodes that answered both times: one that is new has its past, one that left took it along.
@@ -338,7 +346,7 @@ mod tests {
         let before = at(10, 1000);
         let page = show(&before, None, false, false).expect("shown");
         for part in [
-            "2 nodes, 50 tunnels, 2 requests in flight; 10 have ended, 10 of them whole",
+            "2 nodes, 50 tunnels, 2 requests in flight; 10 ended, 10 of them whole",
             "no answer",
             "1000 B",
             "12.3 ms",

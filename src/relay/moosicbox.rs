@@ -54,7 +54,7 @@ pub async fn accept(
 
 /// A parameter of the query, percent-decoded.
 fn parameter(query: Option<&str>, name: &str) -> Option<String> {
-    let pairs = query?.split('&').filter_map(|pair| pair.split_once('='));
-    let value = pairs.filter(|(known, _)| *known == name).next_back()?.1;
+    let mut pairs = query?.split('&').filter_map(|pair| pair.split_once('='));
+    let value = pairs.rfind(|(known, _)| *known == name)?.1;
     String::from_utf8(decode(value.as_bytes())).ok()
 }
