@@ -12,6 +12,7 @@
 //!   │  relay::downstream   the connection: caps, deadlines, HTTP/1.1 or HTTP/2
 //!   │  relay::routes       which heads are let in (strict), whose they are (client_of), every route
 //!   │  relay::ingress      a request for a client, step by step:
+//!   │    relay::limits       how much may the address and the client ask
 //!   │    relay::auth         is the downstream let in, and what of the request was the credential
 //!   │    relay::forward      the head, fit for the upstream
 //!   │    relay::router       a tunnel of the client: here, at another node, or the next one to come

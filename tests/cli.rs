@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use base64::Engine;
 use raw::{RawUpstream, send_raw};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -205,6 +206,21 @@ async fn from_nothing_to_an_answer_and_to_a_revocation() {
     agent.says("clientId=home");
     assert_eq!(relay.get("home", "").await.body(), b"ok");
     assert!(relay.result(&["client", "list"]).contains("public"));
+    let status = relay.result(&["status"]);
+    assert!(
+        status.starts_with("1 node, 2 tunnels") && status.contains(&relay.admin.to_string()),
+        "{status}"
+    );
+    let status = relay.result(&["status", "--json"]);
+    assert!(status.starts_with('{') && status.contains("\"this\":true"), "{status}");
+    let mut watch = adit(relay.place.path(), &["status", "--watch"]);
+    watch
+        .env("ADIT_RELAY", format!("http://{}", relay.admin))
+        .env("ADIT_ADMIN_TOKEN", &relay.token);
+    let mut watch = Running::start(watch);
+    watch.says("1 node, 2 tunnels");
+    watch.says("requests/s");
+    drop(watch);
     relay.result(&["client", "delete", "home"]);
     assert_eq!(relay.get("home", "").await.status(), 404);
 }
@@ -410,5 +426,92 @@ fn a_database_that_cannot_be_migrated_is_said_without_its_password() {
         let said = format!("{migrated:?}");
         assert!(!migrated.status.success(), "{said}");
         assert!(said.contains(why) && !said.contains("hunter2"), "{said}");
+    }
+}
+
+/// As files have it (RFC 7468).
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let lines: Vec<_> = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+}
+
+#[tokio::test]
+async fn an_agent_dials_a_relay_that_speaks_tls_itself_and_reaches_the_sample() {
+    let place = tempfile::tempdir().expect("a directory");
+    let certified = rcgen::generate_simple_self_signed(vec!["localhost".into()]).expect("a certificate");
+    let path = |name: &str| place.path().join(name).display().to_string();
+    std::fs::write(path("cert.pem"), pem("CERTIFICATE", certified.cert.der())).expect("written");
+    std::fs::write(
+        path("key.pem"),
+        pem("PRIVATE KEY", &certified.signing_key.serialize_der()),
+    )
+    .expect("written");
+    let (port, admin) = (free_port(), free_port());
+    let (listen, admin) = (format!("127.0.0.1:{port}"), format!("127.0.0.1:{admin}"));
+    let mut serve = adit(place.path(), &["serve", "--listen", &listen, "--admin-listen", &admin]);
+    serve
+        .env("ADIT_TLS_CERT", path("cert.pem"))
+        .env("ADIT_TLS_KEY", path("key.pem"));
+    serve.env("ADIT_ADMIN_TOKEN", "right");
+    let mut relay = Running::start(serve);
+    relay.says("the relay is up");
+    let well = adit(
+        place.path(),
+        &[
+            "healthcheck",
+            "--ready",
+            "--admin-listen",
+            &admin.replace("127.0.0.1", "localhost"),
+        ],
+    )
+    .output()
+    .expect("it runs");
+    assert!(well.status.success(), "{well:?}");
+
+    let mut sample = Running::start(adit(place.path(), &["sample", "--listen", "127.0.0.1:0"]));
+    let line = sample.says("A sample server listens on http://");
+    let to = line
+        .split("http://")
+        .nth(1)
+        .and_then(|rest| rest.split(". ").next())
+        .expect("an address")
+        .to_owned();
+    let admin_url = format!("http://{admin}");
+    let created = adit(
+        place.path(),
+        &["client", "create", "home", "--auth", "public", "--relay", &admin_url],
+    )
+    .env("ADIT_ADMIN_TOKEN", "right")
+    .output()
+    .expect("it runs");
+    let token = String::from_utf8_lossy(&created.stdout).trim().to_owned();
+    let url = format!("https://localhost:{port}");
+    let mut agent = adit(place.path(), &["http", &to, "--relay", &url, "--client", "home"]);
+    // The roots that this process trusts, as OpenSSL's programs take them.
+    agent.env("ADIT_TOKEN", token).env("SSL_CERT_FILE", path("cert.pem"));
+    let mut agent = Running::start(agent);
+    agent.says(&format!("https://127.0.0.1:{port}/?clientId=home"));
+    sample.signal("TERM");
+    assert_eq!(sample.ended().1, Some(0));
+    relay.signal("TERM");
+    assert_eq!(relay.ended().1, Some(0));
+}
+
+#[test]
+fn a_database_that_is_not_there_is_waited_for_and_that_is_said() {
+    let place = tempfile::tempdir().expect("a directory");
+    let nobody = format!("mysql://adit:hunter2@127.0.0.1:{}/adit", free_port());
+    for command in ["migrate", "serve"] {
+        let mut run = adit(place.path(), &[command]);
+        run.env("DATABASE_URL", &nobody).env("ADIT_DATABASE_WAIT", "1s");
+        run.env("ADIT_LISTEN", "127.0.0.1:0")
+            .env("ADIT_ADMIN_LISTEN", "127.0.0.1:0");
+        let complaint = complaint(&run.output().expect("it runs"));
+        assert!(
+            complaint.contains("waiting up to 1 s") && complaint.contains("refused"),
+            "{complaint}"
+        );
+        assert!(!complaint.contains("hunter2"), "{complaint}");
     }
 }

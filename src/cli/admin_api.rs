@@ -227,7 +227,7 @@ pub(super) mod tests {
             store::Store,
         },
         error::Cause,
-        relay::admin::{Admin, Readiness, router},
+        relay::admin::{Admin, Quiet, Readiness, router},
     };
 
     /// A listener on port 0 that ends with the value.
@@ -259,6 +259,7 @@ pub(super) mod tests {
             registry.ensure_admin_token(Some("right")).await.expect("settled");
             let admin = Admin {
                 registry,
+                node: Box::new(Quiet),
                 readiness: Box::new(|| Readiness::Ready),
                 metrics: Box::new(String::new),
             };

@@ -1,13 +1,13 @@
 //! `adit migrate`: brings the registry's database to this version and ends, for those who do that before a roll-out.
 
-use std::{io::Write, path::PathBuf};
+use std::{io::Write, path::PathBuf, time::Duration};
 
 use clap::Args;
 
-use super::{Given, file, parsed, set};
+use super::{Given, file, given, parsed, set};
 use crate::{
     cluster::store::{SchemaVersion, Store},
-    config::RelayConfig,
+    config::{RelayConfig, values},
     secret::Secret,
 };
 
@@ -23,24 +23,28 @@ pub struct MigrateArgs {
     /// The registry: sqlite:FILE or mysql://user:password@host/adit [default: sqlite:adit.db]
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, value_parser = parsed::<Secret>)]
     database_url: Option<Given<Secret>>,
+    /// How long to wait for a database that does not answer yet [default: 30s]
+    #[arg(long, env = "ADIT_DATABASE_WAIT", value_name = "DURATION", value_parser = given(values::duration))]
+    wait: Option<Given<Duration>>,
 }
 
 impl MigrateArgs {
-    /// The database: flag or environment over the file over the default.
-    pub fn database_url(&self) -> anyhow::Result<Secret> {
+    /// The database, and how long to wait for it: flag or environment over the file over the default.
+    pub fn database(&self) -> anyhow::Result<(Secret, Duration)> {
         let mut config = match file(&self.config) {
             Some(path) => RelayConfig::load(path)?,
             None => RelayConfig::default(),
         };
         set(&mut config.database_url, &self.database_url);
+        set(&mut config.database_wait, &self.wait);
         config.validate()?;
-        Ok(config.database_url)
+        Ok((config.database_url, config.database_wait))
     }
 }
 
 /// Does it, and prints what the database is at.
-pub(super) async fn run(database_url: Secret) -> anyhow::Result<()> {
-    let store = Store::open(database_url.expose()).await?;
+pub(super) async fn run(database_url: Secret, wait: Duration) -> anyhow::Result<()> {
+    let store = Store::open_within(database_url.expose(), wait).await?;
     let SchemaVersion { found, known } = store.schema_version().await?;
     store.close().await;
     let mut out = std::io::stdout();

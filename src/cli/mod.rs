@@ -11,12 +11,14 @@ mod http;
 mod migrate;
 mod sample;
 mod serve;
+mod status;
 mod token;
 
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand, builder::Styles};
@@ -26,6 +28,7 @@ pub use demo::DemoArgs;
 pub use healthcheck::HealthcheckArgs;
 pub use http::HttpArgs;
 pub use migrate::MigrateArgs;
+pub use sample::SampleArgs;
 pub use serve::ServeArgs;
 
 use crate::{
@@ -57,7 +60,9 @@ enum Command {
     Demo(DemoArgs),
     Client(client::ClientCommand),
     Token(token::TokenCommand),
+    Status(status::StatusCommand),
     Migrate(MigrateArgs),
+    Sample(SampleArgs),
     Healthcheck(HealthcheckArgs),
 }
 
@@ -101,10 +106,14 @@ pub enum Plan {
     Client(client::ClientCommand),
     /// `adit token`.
     Token(token::TokenCommand),
-    /// `adit migrate`: of this database.
-    Migrate(Secret),
+    /// `adit status`.
+    Status(status::StatusCommand),
+    /// `adit migrate`: of this database, which is waited for so long.
+    Migrate(Secret, Duration),
+    /// `adit sample`: on this address.
+    Sample(SocketAddr),
     /// `adit healthcheck`: the admin listener to ask, and for what path.
-    Healthcheck(SocketAddr, &'static str),
+    Healthcheck(String, &'static str),
 }
 
 impl Cli {
@@ -131,7 +140,12 @@ impl Cli {
             }
             Command::Client(command) => Plan::Client(command),
             Command::Token(command) => Plan::Token(command),
-            Command::Migrate(args) => Plan::Migrate(args.database_url()?),
+            Command::Status(command) => Plan::Status(command),
+            Command::Migrate(args) => {
+                let (database_url, wait) = args.database()?;
+                Plan::Migrate(database_url, wait)
+            }
+            Command::Sample(args) => Plan::Sample(args.listen),
             Command::Healthcheck(args) => Plan::Healthcheck(args.address()?, args.path()),
         };
         self.log.over(&mut log);
@@ -159,7 +173,9 @@ impl Plan {
             Self::Demo(config, to) => demo::run(*config, to, shutdown::signals()?).await,
             Self::Client(command) => command.run().await,
             Self::Token(command) => command.run().await,
-            Self::Migrate(database_url) => migrate::run(database_url).await,
+            Self::Status(command) => command.run().await,
+            Self::Migrate(database_url, wait) => migrate::run(database_url, wait).await,
+            Self::Sample(listen) => sample::run(listen, shutdown::signals()?).await,
             Self::Healthcheck(address, path) => healthcheck::run(address, path).await,
         }
     }

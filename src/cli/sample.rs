@@ -1,6 +1,6 @@
-//! The small upstream of `adit demo`: something to see at the far end of a tunnel.
+//! `adit sample`, which is also the upstream of `adit demo`: something to see at the far end of a tunnel.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, io::Write, net::SocketAddr, time::Duration};
 
 use axum::{
     Router,
@@ -10,8 +10,40 @@ use axum::{
     response::{Html, IntoResponse, Sse, sse::Event},
     routing::{any, get},
 };
+use clap::Args;
 use tokio::net::TcpListener;
 use tokio_stream::{StreamExt, wrappers::IntervalStream};
+
+use super::serve::bind;
+use crate::shutdown::Shutdown;
+
+/// Run a small server to try tunnels with: /, /events (server-sent events) and /echo
+#[derive(Debug, Args)]
+pub struct SampleArgs {
+    /// Where it listens
+    #[arg(
+        long,
+        env = "ADIT_SAMPLE_LISTEN",
+        value_name = "ADDRESS:PORT",
+        default_value = "127.0.0.1:3000"
+    )]
+    pub(super) listen: SocketAddr,
+}
+
+/// Serves until told to end; what is in flight is cut, as of a server that is turned off.
+pub(super) async fn run(listen: SocketAddr, shutdown: Shutdown) -> anyhow::Result<()> {
+    let listener = bind(listen, "--listen").await?;
+    let address = listener.local_addr()?;
+    // A closed standard output is no reason to end.
+    let _ = writeln!(
+        std::io::stdout(),
+        "A sample server listens on http://{address}. Ctrl-C ends it."
+    );
+    tokio::select! {
+        ended = serve(listener) => Ok(ended?),
+        () = shutdown.drain() => Ok(()),
+    }
+}
 
 /// Serves until the task is dropped.
 pub async fn serve(listener: TcpListener) -> std::io::Result<()> {

@@ -51,6 +51,15 @@ pub struct ServeArgs {
     /// Load balancers whose forwarding headers are believed, separated by commas [default: none]
     #[arg(long, env = "ADIT_TRUSTED_PROXIES", value_name = "NETWORKS", value_parser = given(values::networks))]
     trusted_proxies: Option<Given<Vec<IpNet>>>,
+    /// How long a relay that starts waits for its database [default: 30s]
+    #[arg(long, env = "ADIT_DATABASE_WAIT", value_name = "DURATION", value_parser = given(values::duration))]
+    database_wait: Option<Given<Duration>>,
+    /// TLS on --listen: the certificate, with those between it and a root, in PEM [default: none, plain HTTP]
+    #[arg(long, env = "ADIT_TLS_CERT", value_name = "FILE", value_parser = parsed::<PathBuf>)]
+    tls_cert: Option<Given<PathBuf>>,
+    /// Its key, in PEM [default: none]
+    #[arg(long, env = "ADIT_TLS_KEY", value_name = "FILE", value_parser = parsed::<PathBuf>)]
+    tls_key: Option<Given<PathBuf>>,
     /// How long a request waits for a reconnecting agent [default: 5s]
     #[arg(long, env = "ADIT_PARK_TIMEOUT", value_name = "DURATION", value_parser = given(values::duration))]
     park_timeout: Option<Given<Duration>>,
@@ -81,6 +90,9 @@ impl ServeArgs {
         set_some(&mut config.admin_token, &self.tunnel_access_token);
         set_some(&mut config.admin_token, &self.admin_token);
         set(&mut config.trusted_proxies, &self.trusted_proxies);
+        set(&mut config.database_wait, &self.database_wait);
+        set_some(&mut config.tls.cert, &self.tls_cert);
+        set_some(&mut config.tls.key, &self.tls_key);
         set(&mut config.tunnels.park_timeout, &self.park_timeout);
         set(&mut config.tunnels.resume_timeout, &self.resume_timeout);
         set(&mut config.drain_timeout, &self.drain_timeout);

@@ -3,7 +3,7 @@
 //! A letter is `u8 version | u8 kind | body`, big-endian. One of an unknown version or kind is dropped by whoever gets it:
 //! nodes of two versions run side by side while a cluster is brought up to date.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,10 @@ mod kind {
     pub const SAID: u8 = 6;
     pub const STANDS: u8 = 7;
     pub const ASKS: u8 = 8;
+    // From 16: what operators ask for.
+    pub const LEAVE: u8 = 16;
+    pub const COUNT: u8 = 17;
+    pub const COUNTED: u8 = 18;
 }
 
 /// Bits of a [`Part`].
@@ -78,6 +82,23 @@ impl Card {
     }
 }
 
+/// What a node has counted, as it is asked by an operator. JSON: what a later version adds is ignored, what an older one does
+/// not say is zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// Requests that it holds the downstream of, now.
+    pub exchanges_in_flight: u64,
+    /// Tunnels that it holds, now.
+    pub tunnels: u64,
+    /// Body bytes of requests whose downstream it held and that ended, since its start.
+    pub to_upstream_bytes: u64,
+    /// Body bytes of their answers.
+    pub from_upstream_bytes: u64,
+    /// How many ended, by how.
+    pub outcomes: BTreeMap<String, u64>,
+}
+
 /// What one client's nodes have to know, on the client's channel. JSON: what a later version adds is ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -108,6 +129,11 @@ pub enum News {
     ClientDeleted,
     /// An operator changed what its downstreams must show.
     ClientChanged,
+    /// An operator wants a tunnel closed; its agent may dial again.
+    Disconnect {
+        /// Which.
+        tunnel_ws_id: TunnelId,
+    },
     /// Something that this version does not know.
     #[serde(other)]
     Unknown,
@@ -239,6 +265,23 @@ pub enum Letter {
         /// The last part that the asker has of each node, by [`NodeId::short`].
         known: Vec<(u64, u64)>,
     },
+    /// An operator wants the receiver to drain.
+    Leave {
+        /// Who says so.
+        from: NodeId,
+    },
+    /// An operator wants to know what the receiver has counted.
+    Count {
+        /// Who asks, and is to be told.
+        from: NodeId,
+    },
+    /// The answer.
+    Counted {
+        /// Who has counted.
+        from: NodeId,
+        /// What.
+        traffic: Traffic,
+    },
 }
 
 /// Why bytes are no letter of this version.
@@ -313,6 +356,12 @@ impl Letter {
                     out.put_u64(*seq);
                 }
             }
+            Letter::Leave { from } => begin(&mut out, kind::LEAVE, *from),
+            Letter::Count { from } => begin(&mut out, kind::COUNT, *from),
+            Letter::Counted { from, traffic } => {
+                begin(&mut out, kind::COUNTED, *from);
+                out.put_slice(&serde_json::to_vec(traffic).unwrap_or_default());
+            }
         }
         out.freeze()
     }
@@ -368,6 +417,16 @@ impl Letter {
                 from: NodeId::from_bytes(id(&mut bytes)?),
                 client_id: client(&mut bytes)?,
                 known: pairs(bytes)?,
+            }),
+            kind::LEAVE => Ok(Letter::Leave {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+            }),
+            kind::COUNT => Ok(Letter::Count {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+            }),
+            kind::COUNTED => Ok(Letter::Counted {
+                from: NodeId::from_bytes(id(&mut bytes)?),
+                traffic: serde_json::from_slice(&bytes).map_err(|_| Unreadable)?,
             }),
             _ => Err(Unreadable),
         }
@@ -606,8 +665,25 @@ mod tests {
             },
             Letter::Asks {
                 from,
-                client_id: card.client_id,
+                client_id: card.client_id.clone(),
                 known: vec![(4, 5)],
+            },
+            Letter::News {
+                from,
+                client_id: card.client_id,
+                news: News::Disconnect { tunnel_ws_id },
+            },
+            Letter::Leave { from },
+            Letter::Count { from },
+            Letter::Counted {
+                from,
+                traffic: Traffic {
+                    exchanges_in_flight: 1,
+                    tunnels: 2,
+                    to_upstream_bytes: 3,
+                    from_upstream_bytes: 4,
+                    outcomes: [("ok".to_owned(), 5)].into(),
+                },
             },
         ]
     }
@@ -649,6 +725,9 @@ mod tests {
         for (letter, expected) in letters()[6..].iter().zip(expected) {
             assert_eq!(hex(letter), expected);
         }
+        assert_eq!(hex(&letters()[11]), format!("0110{n}"));
+        assert_eq!(hex(&letters()[12]), format!("0111{n}"));
+        assert!(hex(&letters()[13]).starts_with(&format!("0112{n}7b22")));
     }
 
     #[test]
@@ -672,7 +751,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(kind in 0u8..10, body in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn no_bytes_make_it_panic(kind in 0u8..20, body in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Letter::decode(Bytes::from([&[VERSION, kind], &body[..]].concat()));
         }
     }

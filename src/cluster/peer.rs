@@ -20,7 +20,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     bus::{Bus, Channel, Reached, Receipt},
-    letter::{self, Card, Letter, News},
+    letter::{self, Card, Letter, News, Traffic},
 };
 use crate::{
     exchange::{
@@ -275,6 +275,37 @@ impl Peers {
             news,
         };
         self.bus.publish(Channel::Client(client_id.clone()), letter.encode())
+    }
+
+    /// Tells one node something about a client.
+    pub fn tell_node(&self, to: NodeId, client_id: &ClientId, news: News) -> Receipt {
+        let letter = Letter::News {
+            from: self.node_id,
+            client_id: client_id.clone(),
+            news,
+        };
+        self.bus.publish(Channel::Node(to), letter.encode())
+    }
+
+    /// Tells another node to drain.
+    pub fn send_away(&self, to: NodeId) -> Receipt {
+        let letter = Letter::Leave { from: self.node_id };
+        self.bus.publish(Channel::Node(to), letter.encode())
+    }
+
+    /// Asks another node what it has counted; it answers with [`Letter::Counted`].
+    pub fn ask_count(&self, to: NodeId) -> Receipt {
+        let letter = Letter::Count { from: self.node_id };
+        self.bus.publish(Channel::Node(to), letter.encode())
+    }
+
+    /// Answers who asked.
+    pub fn tell_count(&self, to: NodeId, traffic: Traffic) {
+        let letter = Letter::Counted {
+            from: self.node_id,
+            traffic,
+        };
+        drop(self.bus.publish(Channel::Node(to), letter.encode()));
     }
 
     /// Waits until what was said so far has left, if the bus carries.

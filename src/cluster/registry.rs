@@ -7,6 +7,7 @@
 mod clients;
 mod held;
 mod magic;
+mod overview;
 mod peers;
 mod presence;
 
@@ -19,7 +20,7 @@ pub use self::{
     clients::{NewAuth, RegistryError},
     presence::{Node, Watch},
 };
-pub use super::store::{Client, ClientSummary, ConnectionRow, DownstreamAuth, Holder, TokenRecord, TokenRow};
+pub use super::store::{Client, ClientSummary, ConnectionRow, DownstreamAuth, Holder, NodeRow, TokenRecord, TokenRow};
 use super::{
     cache::{Cache, FRESH_FOR, OfClient},
     hash::TokenHash,

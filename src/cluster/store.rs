@@ -18,6 +18,7 @@ mod tokens;
 use std::time::Duration;
 
 use sqlx::{AnyPool, migrate::MigrateError};
+use tokio::time::{Instant, sleep};
 
 pub use clients::{Client, ClientSummary, DownstreamAuth, TokenRecord};
 pub use connections::{ConnectionRow, Holder};
@@ -52,6 +53,16 @@ pub enum StoreError {
     Database(#[source] sqlx::Error),
 }
 
+impl StoreError {
+    /// Whether nobody answered at all.
+    fn is_absence(&self) -> bool {
+        matches!(self, StoreError::Slow | StoreError::Database(sqlx::Error::Io(_)))
+    }
+}
+
+/// Long for a server to take a connection, short for whoever starts one beside this.
+const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
         match error {
@@ -82,6 +93,23 @@ impl Store {
         };
         store.migrate().await?;
         Ok(store)
+    }
+
+    /// As [`Store::open`], of a database that may not be there yet: one that cannot be reached is tried again for so long.
+    /// One that answers, with a refusal, is not.
+    pub async fn open_within(database_url: &str, wait: Duration) -> Result<Store, StoreError> {
+        let until = Instant::now() + wait;
+        let mut told = false;
+        loop {
+            let error = match Self::open(database_url).await {
+                Err(error) if error.is_absence() && Instant::now() + OPEN_AGAIN_AFTER <= until => error,
+                opened => return opened,
+            };
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(%error, "the database is not there yet: waiting up to {} s", wait.as_secs());
+            }
+            sleep(OPEN_AGAIN_AFTER).await;
+        }
     }
 
     /// The same database, given up on after another time than five seconds a statement.
@@ -136,6 +164,16 @@ mod tests {
             .expect_err("nobody listens");
         let text = format!("{error} {error:?}");
         assert!(text.contains("refused") && !text.contains("hunter2"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_database_that_is_not_there_is_waited_for_and_a_bad_url_is_not() {
+        let started = Instant::now();
+        let waited = Store::open_within("mysql://adit@127.0.0.1:9/adit", OPEN_AGAIN_AFTER * 2).await;
+        assert!(waited.expect_err("nobody listens").is_absence());
+        assert!(started.elapsed() >= OPEN_AGAIN_AFTER);
+        let refused = Store::open_within("hunter2", Duration::from_secs(3600)).await;
+        assert!(matches!(refused, Err(StoreError::Url(_))));
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 
 pub use agent::{AgentConfig, AgentFile, TunnelConfig, TunnelFile};
-pub use relay::{CorsConfig, HttpConfig, LogConfig, RelayConfig, TunnelsConfig};
+pub use relay::{CorsConfig, HttpConfig, LimitsConfig, LogConfig, RelayConfig, TlsConfig, TunnelsConfig};
 pub use upstream::{HostHeader, UpstreamUrl};
 pub use url::{Domain, RelayUrl};
 pub use values::Invalid;

@@ -1,6 +1,10 @@
 //! What `adit serve` may be told. The values' meaning and defaults are in `config.default.toml`, which is part of this.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -48,6 +52,9 @@ pub struct RelayConfig {
     /// Whose forwarding headers are believed.
     #[serde(deserialize_with = "de_networks")]
     pub trusted_proxies: Vec<IpNet>,
+    /// How long a relay that starts waits for its database.
+    #[serde(deserialize_with = "de_duration")]
+    pub database_wait: Duration,
     /// How long a leaving relay lets its exchanges finish.
     #[serde(deserialize_with = "de_duration")]
     pub drain_timeout: Duration,
@@ -55,6 +62,10 @@ pub struct RelayConfig {
     pub tunnels: TunnelsConfig,
     /// The limits of a request and its response.
     pub http: HttpConfig,
+    /// TLS on the public listener.
+    pub tls: TlsConfig,
+    /// What one client and one address may ask.
+    pub limits: LimitsConfig,
     /// The pages that may call clients from elsewhere.
     pub cors: CorsConfig,
     /// What MoosicBox servers cost.
@@ -120,6 +131,32 @@ pub struct HttpConfig {
     pub max_connections: usize,
     /// The most connections from one address.
     pub max_connections_per_address: usize,
+}
+
+/// `[tls]`: TLS on the public listener, from files in PEM.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// The certificate, and those between it and a root.
+    #[serde(deserialize_with = "de_optional")]
+    pub cert: Option<PathBuf>,
+    /// Its key.
+    #[serde(deserialize_with = "de_optional")]
+    pub key: Option<PathBuf>,
+}
+
+/// `[limits]`: what one client and one address may ask of this node; zero: no limit.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// Requests a second for one client.
+    pub client_requests_per_second: u32,
+    /// Requests at a time for one client.
+    pub client_concurrent: usize,
+    /// Requests a second from one address.
+    pub address_requests_per_second: u32,
+    /// Requests at a time from one address.
+    pub address_concurrent: usize,
 }
 
 /// `[cors]`: the pages of other origins that may call clients on the relay's own host.
@@ -199,6 +236,7 @@ impl RelayConfig {
         }
         self.tunnels.validate()?;
         self.http.validate()?;
+        self.tls.validate()?;
         self.cors.validate()?;
         self.log.validate()
     }
@@ -207,16 +245,20 @@ impl RelayConfig {
     ///
     /// `bound` is the address that [`RelayConfig::listen`] became (its port may have been 0).
     pub fn client_url(&self, client: &ClientId, bound: SocketAddr) -> String {
-        let scheme = self.public_url.as_ref().map_or("http", RelayUrl::scheme);
+        let (bare, usual_port) = match self.tls.is_on() {
+            true => ("https", 443),
+            false => ("http", 80),
+        };
+        let scheme = self.public_url.as_ref().map_or(bare, RelayUrl::scheme);
         match (&self.domain, &self.public_url) {
             (Some(domain), Some(public)) => match public.authority.port_u16() {
                 Some(port) => format!("{scheme}://{client}.{domain}:{port}/"),
                 None => format!("{scheme}://{client}.{domain}/"),
             },
-            (Some(domain), None) if bound.port() == 80 => format!("http://{client}.{domain}/"),
-            (Some(domain), None) => format!("http://{client}.{domain}:{}/", bound.port()),
+            (Some(domain), None) if bound.port() == usual_port => format!("{scheme}://{client}.{domain}/"),
+            (Some(domain), None) => format!("{scheme}://{client}.{domain}:{}/", bound.port()),
             (None, Some(public)) => format!("{public}/?clientId={client}"),
-            (None, None) => format!("http://{}/?clientId={client}", reachable(bound)),
+            (None, None) => format!("{scheme}://{}/?clientId={client}", reachable(bound)),
         }
     }
 }
@@ -270,6 +312,22 @@ impl HttpConfig {
         check(self.max_connections > 0, "http.max_connections", "must be at least 1")?;
         let per_address = self.max_connections_per_address > 0;
         check(per_address, "http.max_connections_per_address", "must be at least 1")
+    }
+}
+
+impl TlsConfig {
+    /// Whether the public listener speaks TLS.
+    pub fn is_on(&self) -> bool {
+        self.cert.is_some()
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let both = self.cert.is_some() == self.key.is_some();
+        check(
+            both,
+            if self.cert.is_some() { "tls.key" } else { "tls.cert" },
+            "is not set, and a certificate is of no use without its key: set both, or neither",
+        )
     }
 }
 
@@ -332,6 +390,15 @@ mod tests {
             (&None, &None, &None)
         );
         assert_eq!((config.trusted_proxies, config.drain_timeout), (vec![], seconds(60)));
+        assert_eq!(config.database_wait, seconds(30));
+        assert_eq!((config.tls.cert, config.tls.key), (None, None));
+        let limits = LimitsConfig {
+            client_requests_per_second: 0,
+            client_concurrent: 0,
+            address_requests_per_second: 0,
+            address_concurrent: 0,
+        };
+        assert_eq!(config.limits, limits);
         let tunnels = TunnelsConfig {
             park_timeout: seconds(5),
             park_memory: seconds(60),
@@ -440,6 +507,10 @@ mod tests {
             ("[http]\nmax_header_bytes = \"1KiB\"", "`http.max_header_bytes`"),
             ("[http]\nmax_target = \"64KiB\"", "`http.max_target`"),
             ("[http]\nbuffered_limit = \"1GiB\"", "`http.buffered_total`"),
+            ("[tls]\ncert = \"c.pem\"", "`tls.key`"),
+            ("[tls]\nkey = \"k.pem\"", "`tls.cert`"),
+            ("[limits]\nclient_concurrent = -1", "`limits.client_concurrent`"),
+            ("database_wait = 5", "`database_wait`"),
             ("[cors]\norigins = \"*\"", "`cors.origins`"),
             ("[cors]\norigins = [\"app.example.org\"]", "`cors.origins`"),
             ("[cors]\norigins = [\"https://app.example.org/\"]", "`cors.origins`"),
@@ -487,6 +558,9 @@ mod tests {
         assert_eq!(url(public, "0.0.0.0:8080"), "https://t.org/?clientId=home");
         assert_eq!(url(domain, "0.0.0.0:8080"), "http://home.t.org:8080/");
         assert_eq!(url(domain, "0.0.0.0:80"), "http://home.t.org/");
+        let tls = "[tls]\ncert = \"c\"\nkey = \"k\"";
+        assert_eq!(url(tls, "0.0.0.0:8443"), "https://127.0.0.1:8443/?clientId=home");
+        assert_eq!(url(&format!("{domain}\n{tls}"), "0.0.0.0:443"), "https://home.t.org/");
         assert_eq!(
             url(&format!("{domain}\n{public}"), "0.0.0.0:8080"),
             "https://home.t.org/"

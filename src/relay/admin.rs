@@ -1,11 +1,14 @@
-//! The admin listener: health, metrics, and the API that operators manage clients and tokens with.
+//! The admin listener: health, metrics, and the API that operators manage clients, tokens, tunnels and nodes with.
+//!
+//! `admin/openapi.json` is the API's description, and served; a test compares it with the routes.
 //!
 //! Every answer carries `Adit-Api`, so that a client of the API notices when it talks to something else. Every error is
 //! problem+json. The API is behind the admin token; health and metrics are not: the listener is not a public one.
 
 mod api;
+mod cluster;
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -13,17 +16,23 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn_with_state, map_response},
     response::{IntoResponse, Response},
-    routing::{delete, get},
+    routing::{MethodRouter, delete, get, post},
 };
+use futures_util::future::BoxFuture;
 
 use super::auth::bearer;
-use crate::{cluster::registry::Registry, error::Cause};
+use crate::{
+    cluster::{bus::Reached, letter::Traffic, registry::Registry},
+    error::Cause,
+    ids::{ClientId, NodeId, TunnelId},
+};
 
 /// Says that this is the admin API, and its version.
 pub const ADIT_API: HeaderName = HeaderName::from_static("adit-api");
 const API_VERSION: HeaderValue = HeaderValue::from_static("v1");
 /// The longest body: a client's description is well under 1 KiB.
 const BODY_LIMIT: usize = 64 * 1024;
+const OPENAPI: &str = include_str!("admin/openapi.json");
 
 /// Whether this node shall be sent traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,36 +47,78 @@ pub enum Readiness {
 
 /// What the admin listener shows and changes.
 pub struct Admin {
-    /// Clients and tokens.
+    /// Clients and tokens, and what nodes have recorded.
     pub registry: Arc<Registry>,
+    /// The node itself.
+    pub node: Box<dyn Control>,
     /// Asked at each `/readyz`.
     pub readiness: Box<dyn Fn() -> Readiness + Send + Sync>,
     /// The metrics in OpenMetrics text, rendered at each `/metrics`.
     pub metrics: Box<dyn Fn() -> String + Send + Sync>,
 }
 
-/// Every route of the admin listener.
-pub fn router(admin: Arc<Admin>) -> Router {
-    let api = Router::new()
-        .route("/clients", get(api::list_clients).post(api::create_client))
-        .route(
-            "/clients/{client_id}",
-            get(api::get_client)
-                .patch(api::update_client)
-                .delete(api::delete_client),
-        )
-        .route(
+/// What operators see of the node itself, and do to it and its peers.
+pub trait Control: Send + Sync {
+    /// What it has counted.
+    fn traffic(&self) -> Traffic;
+    /// What these peers have counted, of those who answer soon.
+    fn traffic_of(&self, peers: Vec<NodeId>) -> BoxFuture<'_, HashMap<NodeId, Traffic>>;
+    /// A tunnel that it holds, as it is now.
+    fn live(&self, client_id: &ClientId, tunnel_ws_id: TunnelId) -> Option<Live>;
+    /// Who holds a tunnel, and whose it is, if the node knows that without asking.
+    fn find(&self, tunnel_ws_id: TunnelId) -> Option<(NodeId, ClientId)>;
+    /// Closes a tunnel that this node holds.
+    fn disconnect(&self, node_id: NodeId, client_id: ClientId, tunnel_ws_id: TunnelId) -> BoxFuture<'_, Reached>;
+    /// Lets this node drain, as SIGTERM does.
+    fn drain(&self, node_id: NodeId) -> BoxFuture<'_, Reached>;
+}
+
+/// A tunnel at its node.
+#[derive(Debug, Clone, Copy)]
+pub struct Live {
+    /// Requests that run through it.
+    pub exchanges_in_flight: usize,
+    /// Its round trip.
+    pub rtt: Duration,
+}
+
+/// Every route of the API below `/api/v1` that needs the admin token.
+fn api() -> [(&'static str, MethodRouter<Arc<Admin>>); 9] {
+    let client = get(api::get_client)
+        .patch(api::update_client)
+        .delete(api::delete_client);
+    [
+        ("/clients", get(api::list_clients).post(api::create_client)),
+        ("/clients/{client_id}", client),
+        (
             "/clients/{client_id}/tokens",
             get(api::list_tokens).post(api::create_token),
-        )
-        .route("/clients/{client_id}/tokens/{token_id}", delete(api::revoke_token))
-        .route_layer(from_fn_with_state(admin.clone(), require_admin));
+        ),
+        ("/clients/{client_id}/tokens/{token_id}", delete(api::revoke_token)),
+        ("/nodes", get(cluster::list_nodes)),
+        ("/nodes/{node_id}/drain", post(cluster::drain_node)),
+        ("/stats", get(cluster::stats)),
+        ("/tunnels", get(cluster::list_tunnels)),
+        ("/tunnels/{tunnel_id}", delete(cluster::disconnect)),
+    ]
+}
+
+/// Every route of the admin listener.
+pub fn router(admin: Arc<Admin>) -> Router {
+    let api = api()
+        .into_iter()
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
+        .route_layer(from_fn_with_state(admin.clone(), require_admin))
+        // It tells nothing of this relay, and what reads it seldom has a token.
+        .route("/openapi.json", get(openapi));
     Router::new()
         .nest("/api/v1", api)
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .fallback(async || Cause::NotFound("nothing here: the API is below /api/v1/clients"))
+        .fallback(async || {
+            Cause::NotFound("nothing here: the API is below /api/v1, and /api/v1/openapi.json describes it")
+        })
         .method_not_allowed_fallback(async || Cause::ApiMethod)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(map_response(async |mut response: Response| {
@@ -83,6 +134,10 @@ async fn require_admin(State(admin): State<Arc<Admin>>, request: Request, next: 
         true => next.run(request).await,
         false => Cause::UnauthorizedAdmin.into_response(),
     }
+}
+
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI).into_response()
 }
 
 async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
@@ -101,6 +156,37 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
         (admin.metrics)(),
     )
         .into_response()
+}
+
+/// A node that has no peers and no tunnels, for tests of the API alone.
+#[cfg(test)]
+pub(crate) struct Quiet;
+
+#[cfg(test)]
+impl Control for Quiet {
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+
+    fn traffic_of(&self, _: Vec<NodeId>) -> BoxFuture<'_, HashMap<NodeId, Traffic>> {
+        Box::pin(std::future::ready(HashMap::new()))
+    }
+
+    fn live(&self, _: &ClientId, _: TunnelId) -> Option<Live> {
+        None
+    }
+
+    fn find(&self, _: TunnelId) -> Option<(NodeId, ClientId)> {
+        None
+    }
+
+    fn disconnect(&self, _: NodeId, _: ClientId, _: TunnelId) -> BoxFuture<'_, Reached> {
+        Box::pin(std::future::ready(Reached::Nobody))
+    }
+
+    fn drain(&self, _: NodeId) -> BoxFuture<'_, Reached> {
+        Box::pin(std::future::ready(Reached::Somebody(1)))
+    }
 }
 
 #[cfg(test)]
@@ -135,6 +221,7 @@ mod tests {
             Self {
                 router: router(Arc::new(Admin {
                     registry,
+                    node: Box::new(Quiet),
                     readiness,
                     metrics,
                 })),
@@ -249,12 +336,21 @@ mod tests {
     async fn without_the_admin_token_nothing_is_done_or_told() {
         let api = Api::start().await;
         for token in ["", "guess", &api.token.expose()[..20]] {
-            for path in ["/api/v1/clients", "/api/v1/clients/home", "/api/v1/clients/%ff/tokens"] {
-                let (status, _) = api.send(Method::GET, path, token, Body::empty()).await;
+            for (method, path) in [
+                (Method::GET, "/api/v1/clients"),
+                (Method::GET, "/api/v1/clients/home"),
+                (Method::GET, "/api/v1/clients/%ff/tokens"),
+                (Method::GET, "/api/v1/nodes"),
+                (Method::GET, "/api/v1/stats"),
+                (Method::GET, "/api/v1/tunnels"),
+                (Method::POST, "/api/v1/nodes/1/drain"),
+                (Method::DELETE, "/api/v1/tunnels/1"),
+            ] {
+                let (status, _) = api.send(method, path, token, Body::empty()).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "{path}");
             }
         }
-        for path in ["/healthz", "/readyz", "/metrics"] {
+        for path in ["/healthz", "/readyz", "/metrics", "/api/v1/openapi.json"] {
             assert_eq!(api.send(Method::GET, path, "", Body::empty()).await.0, StatusCode::OK);
         }
     }
@@ -304,10 +400,78 @@ mod tests {
                 Body::empty(),
                 StatusCode::NOT_FOUND,
             ),
+            (
+                Method::GET,
+                "/api/v1/tunnels?client_id=A",
+                Body::empty(),
+                StatusCode::UNPROCESSABLE_ENTITY,
+            ),
+            (
+                Method::DELETE,
+                "/api/v1/tunnels/1",
+                Body::empty(),
+                StatusCode::NOT_FOUND,
+            ),
+            (
+                Method::POST,
+                "/api/v1/nodes/1/drain",
+                Body::empty(),
+                StatusCode::NOT_FOUND,
+            ),
             (Method::GET, "/api/v2", Body::empty(), StatusCode::NOT_FOUND),
             (Method::GET, "/", Body::empty(), StatusCode::NOT_FOUND),
         ] {
             assert_eq!(api.send(method, path, token, body).await.0, expected, "{path}");
+        }
+    }
+
+    /// The operations of the document: method and path.
+    fn described() -> Vec<String> {
+        let document: Value = serde_json::from_str(OPENAPI).expect("JSON");
+        let paths = document["paths"].as_object().expect("paths");
+        let methods = |path: &Value| path.as_object().expect("a path").keys().cloned().collect::<Vec<_>>();
+        let mut all: Vec<String> = paths
+            .iter()
+            .flat_map(|(path, of)| methods(of).into_iter().map(move |method| (path, method)))
+            .filter(|(_, method)| method != "parameters")
+            .map(|(path, method)| format!("{} {path}", method.to_uppercase()))
+            .collect();
+        all.sort();
+        all
+    }
+
+    #[tokio::test]
+    async fn the_document_describes_every_route_and_no_other() {
+        let own = ["/api/v1/openapi.json", "/healthz", "/readyz", "/metrics"].map(str::to_owned);
+        let below = api().map(|(path, _)| format!("/api/v1{path}"));
+        let (routes, mut served) = (Api::start().await, Vec::new());
+        for path in own.into_iter().chain(below) {
+            // A method that none has is answered with those that the route has.
+            let request = Request::builder().method(Method::TRACE).uri(&path).body(Body::empty());
+            let answer = routes.router.clone().call(request.expect("a request")).await;
+            let allow = answer.expect("infallible").headers()[header::ALLOW].clone();
+            let methods = allow
+                .to_str()
+                .expect("text")
+                .split(',')
+                .filter(|method| *method != "HEAD");
+            served.extend(methods.map(|method| format!("{method} {path}")));
+        }
+        served.sort();
+        assert_eq!(served, described());
+    }
+
+    #[tokio::test]
+    async fn the_document_is_served_and_what_it_refers_to_is_in_it() {
+        let (_, document) = Api::start()
+            .await
+            .call(Method::GET, "/api/v1/openapi.json", Value::Null)
+            .await;
+        assert_eq!(document["openapi"], "3.1.0");
+        assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
+        for reference in OPENAPI.split("\"$ref\": \"#").skip(1) {
+            let pointer = reference.split('"').next().expect("closed");
+            assert!(document.pointer(pointer).is_some(), "{pointer}");
         }
     }
 }

@@ -62,6 +62,9 @@ impl Inbox for NodeInbox {
                 standing,
             }) => board.fanout.on_standing(from, &client_id, standing),
             Ok(Letter::Asks { from, client_id, known }) => board.fanout.on_asks(from, &client_id, &known),
+            Ok(Letter::Leave { .. }) => board.leave.cancel(),
+            Ok(Letter::Count { from }) => board.peers.tell_count(from, board.metrics.traffic()),
+            Ok(Letter::Counted { from, traffic }) => board.heard_count(from, traffic),
             Err(Unreadable) => board.metrics.frame_dropped(FrameDrop::Unreadable),
         }
     }
@@ -185,6 +188,11 @@ fn on_news(board: &Switchboard, client_id: &ClientId, news: News) {
             board.fanout.forget(client_id);
         }
         News::ClientChanged => board.directory.heard_of_change(client_id),
+        News::Disconnect { tunnel_ws_id } => {
+            if let Some(tunnel) = board.tunnels.find(client_id, tunnel_ws_id) {
+                super::operated::disconnect(&tunnel);
+            }
+        }
         News::Up(_) | News::Unknown => {}
     }
 }

@@ -15,6 +15,7 @@ use super::{
     downstream::handle::ConnHandle,
     forward,
     forwarded::Hop,
+    limits::{Exceeded, Taken},
     out_body::{OutBody, Record},
     respond::{self, Failed},
     router,
@@ -92,7 +93,12 @@ async fn serve_recorded(
 ) -> Result<Response<OutBody>, Cause> {
     let mut request_id = arrival.request_id;
     let span = record.as_ref().map_or_else(Span::none, |record| record.span.clone());
-    let (mut asked, mut body) = ask(state, arrival, &span).await?;
+    let mut taken = Taken::default();
+    let asked = ask(state, arrival, &span, &mut taken).await;
+    if let Some(record) = record {
+        record.taken = taken;
+    }
+    let (mut asked, mut body) = asked?;
     let mut not = None;
     loop {
         let tunnel = router::route(&state.board, &asked.client, not.as_ref()).await?;
@@ -122,7 +128,12 @@ async fn serve_recorded(
 }
 
 /// Lets the request in, and makes of it what goes to the upstream.
-async fn ask(state: &State, arrival: Arrival, span: &Span) -> Result<(Asked, Option<Incoming>), Cause> {
+async fn ask(
+    state: &State,
+    arrival: Arrival,
+    span: &Span,
+    taken: &mut Taken,
+) -> Result<(Asked, Option<Incoming>), Cause> {
     let Arrival {
         client_id,
         target,
@@ -135,11 +146,16 @@ async fn ask(state: &State, arrival: Arrival, span: &Span) -> Result<(Asked, Opt
     let trusted = &state.config.trusted_proxies;
     let hop = Hop {
         peer: connection.peer().ip(),
-        tls: false,
+        tls: connection.is_tls(),
         http2: parts.version == Version::HTTP_2,
         trusted,
     };
     let from = hop.client_address(&parts.headers);
+    let limited = |exceeded: Exceeded| {
+        state.board.metrics.limited(exceeded.0);
+        Cause::from(exceeded)
+    };
+    state.quotas.of_address(from, taken).map_err(limited)?;
     let authorized = match let_in {
         Some(client) => Ok((client, Consumed::Nothing)),
         None => {
@@ -149,6 +165,7 @@ async fn ask(state: &State, arrival: Arrival, span: &Span) -> Result<(Asked, Opt
     };
     let (client, consumed) =
         authorized.inspect_err(|cause| state.count_auth_failure(cause, AuthFailure::Downstream))?;
+    state.quotas.of_client(&client.client_id, taken).map_err(limited)?;
     let buffered = wants_it_whole(&parts, &target);
     let timed = parts.headers.get(TIMING).is_some_and(|asked| asked == "1");
     let path_and_query = strip_credentials(consumed, &mut parts, &target);

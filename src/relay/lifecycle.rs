@@ -12,9 +12,9 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Listeners, State,
     admin::{self, Readiness},
-    downstream::{io::Timeouts, listener},
+    downstream::{io::Timeouts, listener, tls::Tls},
     fanout::Left,
-    routes,
+    operated, routes,
     tunnels::Tunnel,
 };
 use crate::{
@@ -34,12 +34,13 @@ const CLOSING: Duration = Duration::from_secs(3);
 pub(super) async fn run(
     state: Arc<State>,
     listeners: Listeners,
+    tls: Option<Arc<Tls>>,
     shutdown: Shutdown,
     on_ready: impl FnOnce(),
 ) -> anyhow::Result<()> {
     let (close_public, close_rest) = (CancellationToken::new(), CancellationToken::new());
     let mut tasks = JoinSet::new();
-    tasks.spawn(serve_public(state.clone(), listeners.public, close_public.clone()));
+    tasks.spawn(serve_public(state.clone(), listeners.public, tls, close_public.clone()));
     tasks.spawn(serve_admin(state.clone(), listeners.admin, close_rest.clone()));
     tasks.spawn({
         let (registry, close) = (state.registry.clone(), close_rest.clone());
@@ -51,6 +52,7 @@ pub(super) async fn run(
     on_ready();
     tokio::select! {
         () = shutdown.drain() => {}
+        () = state.board.leave.cancelled() => tracing::info!("an operator asked this node to drain"),
         // A part that ends by itself has failed: the others cannot go on without it.
         Some(ended) = tasks.join_next() => ended?,
     }
@@ -125,12 +127,18 @@ async fn close_tunnels(state: &State, shutdown: &Shutdown) {
     }
 }
 
-async fn serve_public(state: Arc<State>, socket: tokio::net::TcpListener, close: CancellationToken) {
+async fn serve_public(
+    state: Arc<State>,
+    socket: tokio::net::TcpListener,
+    tls: Option<Arc<Tls>>,
+    close: CancellationToken,
+) {
     let config = &state.config;
     let listener = listener::Listener::new(listener::Limits {
         max_connections: config.http.max_connections,
         max_connections_per_address: config.http.max_connections_per_address,
         trusted_proxies: config.trusted_proxies.clone(),
+        tls: tls.clone(),
         timeouts: Timeouts {
             header: config.http.head_timeout,
             write_idle: config.http.write_idle_timeout,
@@ -142,13 +150,21 @@ async fn serve_public(state: Arc<State>, socket: tokio::net::TcpListener, close:
         let state = state.clone();
         service_fn(move |request| routes::handle(state.clone(), request))
     };
-    listener.serve(socket, service, close.cancelled_owned()).await;
+    let serving = listener.serve(socket, service, close.cancelled_owned());
+    match tls {
+        Some(tls) => tokio::select! {
+            () = serving => {}
+            () = tls.follow_files() => {}
+        },
+        None => serving.await,
+    }
 }
 
 async fn serve_admin(state: Arc<State>, socket: tokio::net::TcpListener, close: CancellationToken) {
     let (readiness, metrics) = (state.clone(), state.clone());
     let admin = admin::Admin {
         registry: state.registry.clone(),
+        node: Box::new(operated::Operated(state.clone())),
         readiness: Box::new(move || readiness_of(&readiness)),
         metrics: Box::new(move || metrics.board.metrics.render(seen(&metrics))),
     };

@@ -4,13 +4,13 @@
 //! - [`downstream`]: connections, their limits and deadlines
 //! - [`routes`]: every route · [`strict`]: which heads are let in · [`client_of`]: whose they are
 //! - `auth_api`: credentials, made and checked · `cors`: who else's pages may read the answers
-//! - [`ingress`]: a request for a client, step by step · [`auth`] · [`router`] · [`respond`]: its answer
+//! - [`ingress`]: a request for a client, step by step · [`limits`] · [`auth`] · [`router`] · [`respond`]: its answer
 //! - [`switchboard`]: tunnels, exchanges and peers, and how they follow each other; without sockets
 //! - [`tunnels`]: the agents' sockets that this node holds, or knows its peers to hold
 //! - [`fanout`]: a client's messages to its subscribers, on all nodes · `publish` and [`subscribe`]: its two doors
 //! - [`accept`]: the door that agents come in by · [`taker`]: what comes by it · [`inbox`]: what comes from peers
 //! - [`moosicbox`]: the tunnels of MoosicBox's servers, and their apps
-//! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener
+//! - [`lifecycle`]: time, revocations, drain · [`admin`]: the operator's listener · `operated`: what of the node it shows
 
 use std::{
     net::SocketAddr,
@@ -22,6 +22,7 @@ use tokio::{net::TcpListener, sync::Semaphore, sync::watch};
 use tokio_util::task::TaskTracker;
 
 pub mod accept;
+mod address;
 pub mod admin;
 pub mod auth;
 mod auth_api;
@@ -35,7 +36,9 @@ pub mod forwarded;
 mod inbox;
 pub mod ingress;
 pub mod lifecycle;
+pub mod limits;
 pub mod moosicbox;
+mod operated;
 pub mod out_body;
 mod publish;
 pub mod respond;
@@ -74,6 +77,8 @@ pub struct State {
     pub limits: strict::Limits,
     /// Who holds what, and who may do what.
     pub registry: Arc<Registry>,
+    /// What one client and one address may ask.
+    pub quotas: limits::Limits,
     /// Credentials and their checks.
     pub auth: auth::Auth,
     /// Tunnels, exchanges, peers.
@@ -98,6 +103,7 @@ impl State {
         };
         Self {
             limits,
+            quotas: limits::Limits::new(&config.limits, config.trusted_proxies.clone(), board.exchanges.clock()),
             auth: auth::Auth::new(registry.clone()),
             registry,
             board: Arc::new(board),
@@ -199,8 +205,12 @@ impl Relay {
             Some(url) => Bus::redis(url)?,
             None => Bus::local(&self.hub),
         };
-        let store = Store::open(self.config.database_url.expose()).await?;
-        let node = Node::new(&listeners.admin.local_addr()?.to_string());
+        let tls = downstream::tls::Tls::load(&self.config.tls)?;
+        let store = tokio::select! {
+            opened = Store::open_within(self.config.database_url.expose(), self.config.database_wait) => opened?,
+            () = shutdown.drain() => return Ok(()),
+        };
+        let node = Node::new(&address::of_machine(listeners.admin.local_addr()?).to_string());
         let registry = Arc::new(Registry::new(store, node));
         let given = self.config.admin_token.as_ref().map(|token| token.expose());
         let new_admin_token = registry.ensure_admin_token(given).await?;
@@ -210,7 +220,7 @@ impl Relay {
             bus,
             listeners.public.local_addr()?,
         ));
-        lifecycle::run(state, listeners, shutdown, move || {
+        lifecycle::run(state, listeners, tls, shutdown, move || {
             on_ready(Ready {
                 registry,
                 new_admin_token,

@@ -14,7 +14,9 @@ use http_body_util::Full;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::Span;
 
-use super::{State, downstream::handle::ConnHandle, ingress::Arrival, subscribe::Events, tunnels::Tunnel};
+use super::{
+    State, downstream::handle::ConnHandle, ingress::Arrival, limits::Taken, subscribe::Events, tunnels::Tunnel,
+};
 use crate::{
     error::Cause,
     exchange::{Exchange, body::Broken, ingress::AnswerBody},
@@ -121,6 +123,8 @@ pub struct Record {
     pub declared: Option<u64>,
     /// Counts it as in flight.
     pub in_flight: Option<InFlight>,
+    /// Its places among those of its address and its client.
+    pub taken: Taken,
     /// How it ended.
     pub outcome: Outcome,
     /// Its share of the memory for buffered responses.
@@ -146,6 +150,7 @@ impl Record {
             bytes: 0,
             declared: None,
             in_flight: Some(state.board.metrics.exchange()),
+            taken: Taken::default(),
             outcome: Outcome::DownstreamLeft,
             budget: None,
         }

@@ -6,11 +6,11 @@ use bytes::BytesMut;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     BUFFER_UNIT, State,
-    downstream::io::DownstreamIo,
+    downstream::{io::DownstreamIo, tls::Transport},
     forward,
     ingress::Asked,
     out_body::{OutBody, Record, outcome_of},
@@ -209,7 +209,7 @@ fn upgrade(
     state.tasks.spawn(async move {
         let Ok(upgraded) = on_upgrade.await else { return };
         // Bytes that came before the 101 were not meant for the upstream, or want to get past whoever checks.
-        let Ok(parts) = upgraded.downcast::<TokioIo<DownstreamIo<TcpStream>>>() else { return };
+        let Ok(parts) = upgraded.downcast::<TokioIo<DownstreamIo<Transport>>>() else { return };
         if !parts.read_buf.is_empty() {
             return tracing::warn!(request.id = %request_id, "a downstream sent bytes before its upgrade was accepted: closed");
         }

@@ -178,7 +178,7 @@ fn remote(state: &State, connection: &ConnHandle, headers: &HeaderMap) -> std::n
     let trusted = &state.config.trusted_proxies;
     Hop {
         peer: connection.peer().ip(),
-        tls: false,
+        tls: connection.is_tls(),
         http2: false,
         trusted,
     }

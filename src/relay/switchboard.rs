@@ -5,6 +5,8 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     fanout::Fanout,
@@ -14,7 +16,7 @@ use super::{
 use crate::{
     cluster::{
         bus::{Bus, Channel},
-        letter::News,
+        letter::{News, Traffic},
         peer::{Peers, Undelivered},
         registry::{ConnectionRow, Holder, Registry, RegistryAway},
     },
@@ -37,6 +39,9 @@ use crate::{
 const ASK_SILENT_EVERY: Duration = Duration::from_secs(1);
 /// How often clients that left long ago are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(10);
+
+/// Answers of peers that an operator's request may be behind by: as many nodes as a relay may well have.
+const COUNTS: usize = 1024;
 
 /// What it needs of the registry.
 pub trait Directory: Send + Sync {
@@ -92,6 +97,10 @@ pub struct Switchboard {
     pub fanout: Arc<Fanout>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// An operator wants this node to drain.
+    pub leave: CancellationToken,
+    /// What peers have counted, as they answer: to whoever asks just now.
+    counted_tx: broadcast::Sender<(NodeId, Traffic)>,
 }
 
 impl Switchboard {
@@ -110,6 +119,8 @@ impl Switchboard {
             fanout: Fanout::new(peers.clone(), metrics.clone()),
             peers,
             metrics,
+            leave: CancellationToken::new(),
+            counted_tx: broadcast::Sender::new(COUNTS),
             directory,
             config,
         }
@@ -268,5 +279,17 @@ impl Switchboard {
         for id in lost.opens {
             self.exchanges.open_returned(id, lost.tunnel_ws_id);
         }
+    }
+
+    // --- operators --------------------------------------------------------------------------------------------------
+
+    /// What peers say that they have counted, from now on.
+    pub fn counts(&self) -> broadcast::Receiver<(NodeId, Traffic)> {
+        self.counted_tx.subscribe()
+    }
+
+    /// A peer says what it has counted. Nobody may be asking any more.
+    pub fn heard_count(&self, node_id: NodeId, traffic: Traffic) {
+        drop(self.counted_tx.send((node_id, traffic)));
     }
 }

@@ -14,7 +14,10 @@ use prometheus_client::{
 };
 
 use super::registry_meter::RegistryMeter;
-use crate::{cluster::bus::Counts, error::Cause};
+use crate::{
+    cluster::{bus::Counts, letter::Traffic},
+    error::Cause,
+};
 
 macro_rules! label {
     ($(#[$doc:meta])* $name:ident = $label:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
@@ -195,6 +198,20 @@ label! {
 }
 
 label! {
+    /// A limit for which a request was refused.
+    Limited = "limit" {
+        /// Requests a second of its client.
+        ClientRate = "client_rate",
+        /// Requests at a time of its client.
+        ClientConcurrent = "client_concurrent",
+        /// Requests a second of its address.
+        AddressRate = "address_rate",
+        /// Requests at a time of its address.
+        AddressConcurrent = "address_concurrent",
+    }
+}
+
+label! {
     /// Which way body bytes went.
     Direction = "direction" {
         /// Of requests, toward the upstream.
@@ -247,6 +264,7 @@ pub struct Metrics {
     auth_failures: Family<AuthFailure, Counter>,
     exchanges_moved: Counter,
     frames_dropped: Family<FrameDrop, Counter>,
+    limited: Family<Limited, Counter>,
     fanout: FanoutMetrics,
     seen: SeenMetrics,
 }
@@ -344,6 +362,7 @@ impl Metrics {
             auth_failures: zeros(AuthFailure::ALL),
             exchanges_moved: Counter::default(),
             frames_dropped: zeros(FrameDrop::ALL),
+            limited: zeros(Limited::ALL),
             fanout: FanoutMetrics {
                 subscribers: Gauge::default(),
                 published: Counter::default(),
@@ -400,6 +419,7 @@ impl Metrics {
             "Tunnels closed for what the agent sent",
             self.violations.clone(),
         );
+        registry.register("limited", "Requests refused for a limit", self.limited.clone());
         registry.register(
             "exchanges_moved",
             "Times an exchange went on through another tunnel",
@@ -506,6 +526,11 @@ impl Metrics {
         self.auth_failures.get_or_create(&who).inc();
     }
 
+    /// A request was refused for this limit.
+    pub fn limited(&self, limit: Limited) {
+        self.limited.get_or_create(&limit).inc();
+    }
+
     /// So many exchanges went on through another tunnel than before.
     pub fn exchanges_moved(&self, count: usize) {
         self.exchanges_moved.inc_by(count as u64);
@@ -540,6 +565,23 @@ impl Metrics {
     /// Messages to subscribers were missed.
     pub fn gap(&self, end: GapEnd) {
         self.fanout.gaps.get_or_create(&end).inc();
+    }
+
+    /// What of it operators are shown of a node.
+    pub fn traffic(&self) -> Traffic {
+        let now = |gauge: &Gauge| u64::try_from(gauge.get()).unwrap_or(0);
+        let by_any_tunnel = |outcome: &Outcome| {
+            let of_it = Ended::all().into_iter().filter(|Ended(of, _)| of == outcome);
+            of_it.map(|ended| self.exchanges.get_or_create(&ended).get()).sum()
+        };
+        let ended = |outcome: &Outcome| (outcome.as_str().to_owned(), by_any_tunnel(outcome));
+        Traffic {
+            exchanges_in_flight: now(&self.exchanges_in_flight),
+            tunnels: now(&self.tunnels),
+            to_upstream_bytes: self.to_upstream.get(),
+            from_upstream_bytes: self.from_upstream.get(),
+            outcomes: Outcome::ALL.iter().map(ended).collect(),
+        }
     }
 
     /// All of it as OpenMetrics text (`application/openmetrics-text; version=1.0.0; charset=utf-8`).

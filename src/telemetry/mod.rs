@@ -10,7 +10,7 @@ mod trace;
 pub use export::{Traces, TracesError};
 pub use logs::{LogFormat, LogsError, init, is_filter};
 pub use metrics::{
-    AuthFailure, Dialect, Direction, FrameDrop, GapEnd, InFlight, Metrics, OpenTunnel, Outcome, Place, Seen,
+    AuthFailure, Dialect, Direction, FrameDrop, GapEnd, InFlight, Limited, Metrics, OpenTunnel, Outcome, Place, Seen,
     Unsubscribed, Via, Violation,
 };
 pub use registry_meter::RegistryMeter;

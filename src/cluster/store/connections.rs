@@ -46,6 +46,17 @@ pub struct Holder {
     pub draining: bool,
 }
 
+macro_rules! select_holder {
+    ($which:literal) => {
+        concat!(
+            "SELECT c.tunnel_ws_id, c.client_id, c.node_id, c.dialect, c.instance_id, c.slot, c.generation, ",
+            "c.token_id, c.agent_version, c.remote_addr, c.connected_at, n.draining ",
+            "FROM connections c JOIN nodes n ON n.node_id = c.node_id ",
+            $which
+        )
+    };
+}
+
 impl Store {
     /// Makes the rows `put` exist and the rows `remove` not, and notes when clients were last seen; all or nothing.
     ///
@@ -96,15 +107,46 @@ impl Store {
     /// Who holds a tunnel of this client, oldest first; only nodes that have a row count.
     pub async fn holders(&self, client_id: &ClientId) -> Result<Vec<Holder>, StoreError> {
         let select = || {
-            sqlx::query(
-                "SELECT c.tunnel_ws_id, c.client_id, c.node_id, c.dialect, c.instance_id, c.slot, c.generation, \
-                 c.token_id, c.agent_version, c.remote_addr, c.connected_at, n.draining \
-                 FROM connections c JOIN nodes n ON n.node_id = c.node_id \
-                 WHERE c.client_id = ? ORDER BY c.connected_at, c.tunnel_ws_id",
-            )
+            sqlx::query(select_holder!(
+                "WHERE c.client_id = ? ORDER BY c.connected_at, c.tunnel_ws_id"
+            ))
             .bind(client_id.as_str())
         };
         self.fetch(select, holder).await
+    }
+
+    /// Up to `limit` tunnels, of all clients or of one, in the order of their names, from the first one after `after`.
+    pub async fn connections(
+        &self,
+        client_id: Option<&ClientId>,
+        after: &str,
+        limit: u32,
+    ) -> Result<Vec<Holder>, StoreError> {
+        let all = || {
+            sqlx::query(select_holder!(
+                "WHERE c.tunnel_ws_id > ? ORDER BY c.tunnel_ws_id LIMIT ?"
+            ))
+            .bind(after)
+            .bind(i64::from(limit))
+        };
+        let Some(client_id) = client_id else {
+            return self.fetch(all, holder).await;
+        };
+        let of_client = || {
+            sqlx::query(select_holder!(
+                "WHERE c.client_id = ? AND c.tunnel_ws_id > ? ORDER BY c.tunnel_ws_id LIMIT ?"
+            ))
+            .bind(client_id.as_str())
+            .bind(after)
+            .bind(i64::from(limit))
+        };
+        self.fetch(of_client, holder).await
+    }
+
+    /// A tunnel by its name.
+    pub async fn connection(&self, tunnel: TunnelId) -> Result<Option<Holder>, StoreError> {
+        let select = || sqlx::query(select_holder!("WHERE c.tunnel_ws_id = ?")).bind(tunnel.to_string());
+        Ok(self.fetch(select, holder).await?.pop())
     }
 }
 

@@ -22,8 +22,8 @@ use crate::{
     secret::Secret,
 };
 
-/// Clients a page, at most and unless said otherwise.
-const PAGE: u32 = 1000;
+/// Clients or tunnels a page, at most and unless said otherwise.
+pub(super) const PAGE: u32 = 1000;
 /// What fits a stored row and a line on a screen.
 const TEXT_MAX: usize = 255;
 /// Longer ones are passphrases nobody types, and work for the hash.
@@ -32,7 +32,7 @@ const PASSWORD_MAX: usize = 1024;
 const NO_CLIENT: Cause = Cause::NotFound("no client of this name: list them with GET /api/v1/clients");
 const NO_TOKEN: Cause = Cause::NotFound("the client has no such token: list them with GET .../tokens");
 
-type Shared = State<Arc<Admin>>;
+pub(super) type Shared = State<Arc<Admin>>;
 
 impl From<RegistryError> for Cause {
     fn from(error: RegistryError) -> Self {

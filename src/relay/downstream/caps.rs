@@ -106,7 +106,7 @@ impl Drop for Slot {
 }
 
 /// What is counted as one address: an IPv4 address, or an IPv6 /64 (the least that one subscriber is given, RFC 6177).
-fn block_of(address: IpAddr) -> IpAddr {
+pub(in crate::relay) fn block_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
             let prefix = v6.to_bits() >> 64 << 64;

@@ -1,6 +1,6 @@
 //! One downstream connection from its first byte to its close: detection, then hyper over a [`DownstreamIo`].
 
-use std::{future::poll_fn, net::SocketAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{future::poll_fn, io, net::SocketAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -14,6 +14,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
     sync::oneshot,
     time::{Instant, timeout_at},
 };
@@ -25,6 +26,7 @@ use super::{
     io::{DownstreamIo, Reset, Timeouts},
     opening::{self, Opening},
     own_words,
+    tls::{self, Tls, Transport},
 };
 use crate::error::Cause;
 
@@ -73,6 +75,7 @@ impl Door {
         &self,
         mut io: T,
         peer: SocketAddr,
+        tls: bool,
         slot: Slot,
         service: S,
         leave_rx: oneshot::Receiver<()>,
@@ -88,7 +91,7 @@ impl Door {
         let Some((opening, leave)) = open(&mut io, head_due, leave_rx).await else {
             return;
         };
-        let shared = Arc::new(Shared::new(peer));
+        let shared = Arc::new(Shared::new(peer, tls));
         poll_fn(|cx| {
             shared.drive_by(cx);
             Poll::Ready(())
@@ -109,6 +112,41 @@ impl Door {
         };
         if let Err(error) = done {
             tracing::debug!(peer = %peer, %error, "a downstream connection ended badly");
+        }
+    }
+
+    /// As [`Door::serve`], of a connection that begins with a TLS handshake. One that begins otherwise is told so.
+    pub async fn serve_tls<S, B>(
+        &self,
+        tls: &Tls,
+        io: TcpStream,
+        peer: SocketAddr,
+        slot: Slot,
+        service: S,
+        mut leave_rx: oneshot::Receiver<()>,
+    ) where
+        S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
+        S::Future: Send + 'static,
+        S::Error: Into<BoxError>,
+        B: Body<Data = Bytes> + Unpin + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let head_due = Instant::now() + self.timeouts.header;
+        let Some((opened, told)) = in_time(begin_tls(tls, io), head_due, &mut leave_rx).await else {
+            return;
+        };
+        match opened {
+            Ok(Transport::Plain(io)) => {
+                let (shared, timeouts) = (Arc::new(Shared::new(peer, false)), self.timeouts.clone());
+                let io = DownstreamIo::new(io, Bytes::new(), shared, timeouts, None, Some(slot));
+                refuse(io, "this port speaks TLS and was sent plain text: use https://").await;
+            }
+            Ok(io) => {
+                // One whose other end is gone says the same as the one that has spoken.
+                let leave_rx = if told { oneshot::channel().1 } else { leave_rx };
+                self.serve(io, peer, true, slot, service, leave_rx).await;
+            }
+            Err(error) => tracing::debug!(peer = %peer, %error, "a TLS handshake failed"),
         }
     }
 
@@ -165,21 +203,11 @@ impl Door {
 /// What the peer speaks, and a future that is ready when the connection shall end; `None` when it did not say in time.
 async fn open<T: AsyncRead + Unpin>(
     io: &mut T,
-    mut head_due: Instant,
+    head_due: Instant,
     mut leave_rx: oneshot::Receiver<()>,
 ) -> Option<(Opening, impl Future<Output = ()> + use<T>)> {
-    let mut leaving = false;
-    let mut reading = pin!(opening::read(io));
-    let opening = loop {
-        tokio::select! {
-            biased;
-            opening = timeout_at(head_due, reading.as_mut()) => break opening.ok()?.ok()?,
-            _ = &mut leave_rx, if !leaving => {
-                leaving = true;
-                head_due = head_due.min(Instant::now() + LAST_CALL);
-            }
-        }
-    };
+    let (opening, leaving) = in_time(opening::read(io), head_due, &mut leave_rx).await?;
+    let opening = opening.ok()?;
     let leave = async move {
         if !leaving {
             // Sent or dropped: the same.
@@ -187,6 +215,35 @@ async fn open<T: AsyncRead + Unpin>(
         }
     };
     Some((opening, leave))
+}
+
+/// What comes of a connection's beginning, and whether it was told to leave meanwhile; `None` when it took too long.
+async fn in_time<T>(
+    beginning: impl Future<Output = T>,
+    mut due: Instant,
+    leave_rx: &mut oneshot::Receiver<()>,
+) -> Option<(T, bool)> {
+    let (mut beginning, mut leaving) = (pin!(beginning), false);
+    loop {
+        tokio::select! {
+            biased;
+            begun = timeout_at(due, beginning.as_mut()) => return Some((begun.ok()?, leaving)),
+            _ = &mut *leave_rx, if !leaving => {
+                leaving = true;
+                due = due.min(Instant::now() + LAST_CALL);
+            }
+        }
+    }
+}
+
+/// The handshake, or the connection as it is when it does not begin with one.
+async fn begin_tls(tls: &Tls, io: TcpStream) -> io::Result<Transport> {
+    let mut first = [0];
+    match io.peek(&mut first).await? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ if first[0] == tls::HANDSHAKE => tls.accept(io).await,
+        _ => Ok(Transport::Plain(io)),
+    }
 }
 
 /// Calls the service with a handle in the request's extensions, and counts the call until its body has ended.

@@ -37,6 +37,11 @@ impl ConnHandle {
         self.shared.peer
     }
 
+    /// Whether the socket is inside of TLS.
+    pub fn is_tls(&self) -> bool {
+        self.shared.tls
+    }
+
     /// Whether the request came over HTTP/2.
     pub fn is_http2(&self) -> bool {
         self.version == Version::HTTP_2
@@ -72,6 +77,7 @@ impl ConnHandle {
 #[derive(Debug)]
 pub(super) struct Shared {
     peer: SocketAddr,
+    tls: bool,
     /// Wakes the connection's task.
     task: AtomicWaker,
     /// Calls since the start. Any task in HTTP/2.
@@ -100,9 +106,10 @@ struct Interim {
 }
 
 impl Shared {
-    pub fn new(peer: SocketAddr) -> Self {
+    pub fn new(peer: SocketAddr, tls: bool) -> Self {
         Self {
             peer,
+            tls,
             task: AtomicWaker::new(),
             calls: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
@@ -264,7 +271,7 @@ mod tests {
     use super::*;
 
     fn shared() -> Arc<Shared> {
-        Arc::new(Shared::new(([127, 0, 0, 1], 1).into()))
+        Arc::new(Shared::new(([127, 0, 0, 1], 1).into(), false))
     }
 
     fn hint(handle: &ConnHandle) -> bool {

@@ -24,7 +24,7 @@ struct Bench {
 
 fn bench(kept: &'static [u8]) -> Bench {
     let (near, far) = duplex(1024);
-    let shared = Arc::new(Shared::new(([127, 0, 0, 1], 1).into()));
+    let shared = Arc::new(Shared::new(([127, 0, 0, 1], 1).into(), false));
     let timeouts = Arc::new(Timeouts::default());
     let head_due = Instant::now() + timeouts.header;
     let kept = Bytes::from_static(kept);

@@ -15,10 +15,15 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 pub use super::connection::BoxError;
-use super::{caps::Caps, connection::Door, io::Timeouts};
+use super::{
+    caps::Caps,
+    connection::Door,
+    io::Timeouts,
+    tls::{Tls, Transport},
+};
 
 /// What a listener allows.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Limits {
     /// Connections in all. One costs about 20 KiB, so this many cost 320 MiB.
     pub max_connections: usize,
@@ -26,6 +31,8 @@ pub struct Limits {
     pub max_connections_per_address: usize,
     /// Addresses that the cap per address is not for: the load balancers in front.
     pub trusted_proxies: Vec<IpNet>,
+    /// The certificate, if connections are TLS.
+    pub tls: Option<Arc<Tls>>,
     /// How long a downstream may take.
     pub timeouts: Timeouts,
     /// From the shutdown's start until what is still open is cut.
@@ -38,13 +45,14 @@ impl Default for Limits {
             max_connections: 16_384,
             max_connections_per_address: 1_024,
             trusted_proxies: Vec::new(),
+            tls: None,
             timeouts: Timeouts::default(),
             drain_timeout: Duration::from_secs(60),
         }
     }
 }
 
-/// The public door of a relay: HTTP/1.1 and HTTP/2 with prior knowledge, on the same port.
+/// The public door of a relay: HTTP/1.1 and HTTP/2 on the same port, with prior knowledge or, with TLS, by ALPN.
 pub struct Listener {
     limits: Limits,
     caps: Arc<Caps>,
@@ -101,7 +109,16 @@ impl Listener {
                 continue;
             };
             let (door, service) = (door.clone(), service.clone());
-            conns.spawn(|leave_rx| async move { door.serve(io, peer, slot, service, leave_rx).await });
+            let tls = self.limits.tls.clone();
+            conns.spawn(|leave_rx| async move {
+                match tls {
+                    Some(tls) => Box::pin(door.serve_tls(&tls, io, peer, slot, service, leave_rx)).await,
+                    None => {
+                        door.serve(Transport::Plain(io), peer, false, slot, service, leave_rx)
+                            .await
+                    }
+                }
+            });
         }
         // 1. Nobody new: the port is closed before anyone is told to leave, so that no one comes back here.
         drop(listener);

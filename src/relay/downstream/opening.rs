@@ -5,6 +5,8 @@ use std::io;
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use super::tls;
+
 /// RFC 9113 §3.4.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first bytes of the PROXY protocol's version 2; version 1 is a text line.
@@ -12,8 +14,6 @@ const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 const PROXY_V1: [&[u8]; 2] = [b"PROXY T", b"PROXY U"];
 /// From here on a version 2 header is no run of empty lines, which HTTP/1 allows before a request.
 const PROXY_V2_CERTAIN: usize = 5;
-/// The content type of a TLS handshake record (RFC 8446 §5.1).
-const TLS_HANDSHAKE: u8 = 0x16;
 /// Room for a usual head, so that hyper's first read has it whole.
 const FIRST_READ: usize = 2 * 1024;
 
@@ -55,7 +55,7 @@ enum Verdict {
 fn judge(seen: &[u8]) -> Verdict {
     match seen.first() {
         None => return Verdict::More,
-        Some(&TLS_HANDSHAKE) => {
+        Some(&tls::HANDSHAKE) => {
             return Verdict::Wrong("this port speaks plain HTTP and was sent a TLS handshake: use http://");
         }
         Some(_) => {}
