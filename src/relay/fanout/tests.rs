@@ -148,6 +148,26 @@ async fn a_last_message_that_is_lost_comes_when_its_node_is_quiet() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_comes_back_later_to_the_same_place_gets_all_the_same() {
+    let hub = Hub::shared();
+    let [one, other] = [node(&hub), node(&hub)];
+    let mut subscription = one.fanout.subscribe(&home(), 1, None);
+    say(&one, Audience::All, "0").await;
+    say(&other, Audience::All, "0").await;
+    got(&mut subscription).await;
+    let position = subscription.next().await.expect("a message").position;
+    drop(subscription);
+    say(&one, Audience::All, "1").await;
+    say(&other, Audience::All, "2").await;
+    // Its own messages this node has at once, the other's it asks for meanwhile: the second comes in between.
+    let mut first = one.fanout.subscribe(&home(), 2, Some(position.clone()));
+    assert_eq!(got(&mut first).await, "1");
+    let mut second = one.fanout.subscribe(&home(), 3, Some(position));
+    assert_eq!([got(&mut second).await, got(&mut second).await], ["1", "2"]);
+    assert_eq!(got(&mut first).await, "2");
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_number_is_one_subscriber_and_its_end_is_only_its_own() {
     let node = node(&Hub::new());
     let mut first = node.fanout.subscribe(&home(), 7, None);
