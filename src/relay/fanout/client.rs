@@ -66,7 +66,7 @@ struct Here {
 /// Subscribers that have come equally far.
 struct Cohort {
     sources: Sources,
-    /// Where it began, while it is not level with the others.
+    /// Where it began, while nothing has come since.
     from: Option<Position>,
     subscribers: HashMap<u64, Arc<Subscriber>>,
     was_behind: bool,
@@ -100,6 +100,9 @@ impl Cohort {
     }
 
     fn deliver(&mut self, whole: Vec<Message>, around: &Around<'_>) {
+        if !whole.is_empty() {
+            self.from = None; // whoever comes from there now would miss these
+        }
         for Message { audience, body } in whole {
             let delivery = Delivery::new(self.sources.position(), body);
             let (mut slow, mut reached) = (Vec::new(), 0);
