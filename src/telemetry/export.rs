@@ -24,9 +24,8 @@ use opentelemetry_sdk::{
     trace::{SdkTracerProvider, SpanData},
 };
 use tokio::runtime::Handle;
-use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
+use tracing_subscriber::{Layer, registry::LookupSpan};
 
-use super::spans::SPANS;
 use crate::tls;
 
 /// A collector that takes longer for a batch has not taken it (the default of `OTEL_EXPORTER_OTLP_TIMEOUT`).
@@ -91,7 +90,7 @@ impl Traces {
         }
     }
 
-    /// Takes spans out of what is traced: those of [`super::spans`], and nothing else.
+    /// Takes spans out of what is traced: those of [`super::spans`], and what a library has if the log's filter lets it.
     pub(super) fn layer<S>(&self) -> Box<dyn Layer<S> + Send + Sync>
     where
         S: tracing::Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
@@ -104,7 +103,6 @@ impl Traces {
             .with_level(false)
             .with_tracked_inactivity(false)
             .with_context_activation(false)
-            .with_filter(filter_fn(|metadata| metadata.target() == SPANS))
             .boxed()
     }
 

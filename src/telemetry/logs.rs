@@ -3,13 +3,7 @@
 use std::io::{self, IsTerminal};
 
 use serde::Deserialize;
-use tracing_subscriber::{
-    EnvFilter, Layer, Registry,
-    filter::{FilterExt, filter_fn},
-    layer::SubscriberExt,
-    registry::LookupSpan,
-    util::SubscriberInitExt,
-};
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, registry::LookupSpan, util::SubscriberInitExt};
 
 use super::{export::Traces, spans::SPANS};
 
@@ -45,18 +39,25 @@ pub fn is_filter(filter: &str) -> bool {
 /// Sends the process's logs to standard error, and its spans to a collector if there is one. Once a process, before
 /// anything else runs.
 pub fn init(format: LogFormat, filter: &str, traces: Option<&Traces>) -> Result<(), LogsError> {
-    let levels = EnvFilter::try_new(filter).map_err(|_| LogsError::Filter(filter.to_owned()))?;
+    let levels = levels(filter, traces.is_some()).ok_or_else(|| LogsError::Filter(filter.to_owned()))?;
     let terminal = io::stderr().is_terminal();
     let lines = match format {
         LogFormat::Human => human(terminal),
         LogFormat::Auto if terminal => human(terminal),
         LogFormat::Auto | LogFormat::Json => json(),
     };
-    let no_spans = filter_fn(|metadata| metadata.target() != SPANS);
-    let mut layers: Vec<Lines<Registry>> = vec![lines.with_filter(levels.and(no_spans)).boxed()];
+    let mut layers = vec![lines];
     layers.extend(traces.map(Traces::layer));
-    let subscriber = tracing_subscriber::registry().with(layers);
+    let subscriber = tracing_subscriber::registry().with(levels).with(layers);
     subscriber.try_init().map_err(|_| LogsError::Again)
+}
+
+/// One filter in front of everything. Not one for each layer: whoever asks whether something is enabled, as sqlx does for
+/// each statement, would make those forget the next event (tracing-subscriber 0.3).
+fn levels(filter: &str, traces: bool) -> Option<EnvFilter> {
+    let spans = format!("{SPANS}={}", if traces { "info" } else { "off" });
+    let levels = EnvFilter::try_new(filter).ok()?;
+    Some(levels.add_directive(spans.parse().ok()?))
 }
 
 type Lines<S> = Box<dyn Layer<S> + Send + Sync>;
