@@ -35,7 +35,11 @@ async fn whoever_leaves_in_the_middle_takes_the_upstreams_work_along() {
         })
         .await;
     }
-    let left = cluster.sum(r#"adit_exchanges_total{outcome="downstream_left"}"#).await;
+    let mut left = 0;
+    for place in ["local", "peer"] {
+        let name = format!(r#"adit_exchanges_total{{outcome="downstream_left",dialect="adit",place="{place}"}}"#);
+        left += cluster.sum(&name).await;
+    }
     assert_eq!(left, 30);
     tenant
         .download(cluster.nodes[1].public, 1000, 100_000)
