@@ -31,7 +31,7 @@ use http::{HeaderMap, Method, StatusCode};
 use http_body_util::{BodyExt, Full};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 20;
 const REQUESTS: usize = 12;
 
 #[derive(Clone, Copy)]

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use sim::world::{Report, run};
 
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 200;
 /// Seeds that once failed.
 const KEPT: &[u64] = &[6];
 
